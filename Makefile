@@ -1,0 +1,60 @@
+# Each target sets up what it needs, from a fresh clone on; wanted beforehand: Python >= 3.10, a C++20 compiler, make.
+#   make test    all tests            make demo    SGD and SAM side by side, with a picture
+#   make check   ruff, mypy           make bench   the benchmarks
+#   make clean   back to the sources
+# Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
+
+RECENT := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+TORCH := torch==2.13.0
+TRITON := triton==3.7.1; platform_system == 'Linux'
+
+PIP := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: test demo bench check setup clean
+.DELETE_ON_ERROR:
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+demo: setup
+	$(VENV)/bin/python -m fastsam.demo
+
+bench: setup
+	$(VENV)/bin/python -m bench
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/native.stamp
+
+# torch comes first and pinned: whatever else asks for torch then takes this one.
+$(VENV)/torch.stamp: Makefile
+	@test -n "$(PYTHON)" || { echo "Python >= 3.10 is needed: make PYTHON=/path/to/python"; exit 1; }
+	@echo "== creating $(VENV) with $(PYTHON), installing $(TORCH) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install "$(TRITON)"
+	@touch $@
+
+# Editable: what is edited is what is tested. The native library is left to the next rule, which rebuilds it alone.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py fastsam/_version.py
+	@echo "== installing fastsam (editable) and what its tests, demo and checks use"
+	@$(PIP) install "setuptools>=77" ninja
+	@FASTSAM_BUILD_NATIVE=0 $(PIP) install --no-build-isolation -e ".[demo,dev,test]"
+	@touch $@
+
+$(VENV)/native.stamp: $(VENV)/package.stamp $(NATIVE_SOURCES)
+	@echo "== building the native library"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python setup.py -q build_ext --inplace >$(VENV)/native.log 2>&1 \
+		|| { cat $(VENV)/native.log; exit 1; }
+	@grep '^fastsam:' $(VENV)/native.log || true
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastsam/*.so .*_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+"""Builds fastsam, and with it the native CPU library fastsam._C wherever that is possible.
+
+`fastsam._C` uses the LibTorch stable ABI and Python's limited API: one library for every torch >= 2.10 and every
+Python >= 3.10. It needs torch at build time, so `pip install --no-build-isolation .` builds it, while a plain, isolated
+`pip install .` sees no torch and makes a pure Python wheel that uses the `foreach` backend.
+
+Environment: CXX names the compiler, MAX_JOBS bounds the parallel compilations, FASTSAM_BUILD_NATIVE=0 asks for the
+pure wheel.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from typing import Any
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml's SPDX license
+    sys.exit(f"fastsam: setuptools >= 77 is needed, found {setuptools.__version__}: pip install --upgrade setuptools")
+
+# 0x020a...: the oldest torch that the library runs on, 2.10. Contraction to FMA is off because perturb must equal the
+# reference bit for bit; symbols are hidden because only PyInit__C is anyone's business.
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *TORCH_FLAGS]
+
+PROBE = """
+#include <concepts>
+template <std::integral T> T twice(T x) { return x + x; }
+extern "C" int probe(int x) { return twice(x); }
+"""
+
+
+def find_compiler() -> str | None:
+    """The first of $CXX (alone, when set), c++, g++ and clang++ that builds a C++20 shared library."""
+    chosen = os.environ.get("CXX")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = os.path.join(folder, "probe.cpp"), os.path.join(folder, "probe.so")
+        with open(source, "w") as file:
+            file.write(PROBE)
+        for compiler in [chosen] if chosen else ["c++", "g++", "clang++"]:
+            command = [*shlex.split(compiler), "-std=c++20", "-shared", "-fPIC", source, "-o", library]
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                continue
+            return compiler
+    return None
+
+
+def native_obstacle() -> str | None:
+    """Why no native library can be built here, or None. Sets $CXX to the compiler that can."""
+    if os.environ.get("FASTSAM_BUILD_NATIVE") == "0":
+        return "FASTSAM_BUILD_NATIVE=0"
+    if sys.platform == "win32":
+        return "Windows is not supported by the native library"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "free-threaded Python has no limited API"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python's headers are not installed (Debian: apt install python3-dev)"
+    try:
+        import torch
+    except (ImportError, OSError):
+        return "torch cannot be imported at build time: install torch >= 2.10, then pip install --no-build-isolation"
+    if torch.__version__ < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    compiler = find_compiler()
+    if compiler is None:
+        return f"no C++20 compiler was found (CXX={os.environ.get('CXX', '')})"
+    os.environ["CXX"] = compiler  # torch compiles with $CXX or c++, setuptools links with $CXX or g++: say one for both
+    return None
+
+
+def cpu_library() -> setuptools.Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        name="fastsam._C",
+        sources=["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+        extra_compile_args=CXX_FLAGS,
+        py_limited_api=True,  # torch then defines Py_LIMITED_API and leaves libtorch_python out
+    )
+
+
+def native_build() -> dict[str, Any]:
+    """The arguments for setup() that build the native libraries; none where they cannot be built."""
+    obstacle = native_obstacle()
+    if obstacle is not None:
+        print(f"fastsam: pure Python build, without the native library: {obstacle}", file=sys.stderr)
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {
+        "ext_modules": [cpu_library()],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setuptools.setup(**native_build())

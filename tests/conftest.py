@@ -1,0 +1,56 @@
+"""Under CI=true, a test that did not run for a reason nobody allowed is a failure, not a skip."""
+
+import os
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+STRICT = os.environ.get("CI") == "true"
+MAKEFILE = Path(__file__).parent.parent / "Makefile"
+
+
+def is_allowed(reason: str) -> bool:
+    """Whether `reason` is "no GPU..." or names a framework's own target of the Makefile, as "make composer-check"."""
+    if reason.startswith("no GPU"):
+        return True
+    targets = re.findall(r"^([\w-]+-check):", MAKEFILE.read_text(), flags=re.MULTILINE)
+    return any(f"make {target}" in reason for target in targets)
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xfail: " + report.wasxfail.removeprefix("reason: ")
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return str(report.longrepr)
+
+
+def fail_unexplained_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not is_allowed(reason := skip_reason(report)):
+        report.outcome = "failed"
+        report.longrepr = f"CI allows no skip or xfail for this reason: {reason}"
+        vars(report).pop("wasxfail", None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if STRICT:
+        fail_unexplained_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if STRICT:
+        fail_unexplained_skip(report)
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no GPU")
