@@ -1,0 +1,60 @@
+"""The scalars of one ascent: what norm writes and perturb reads, on one device."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ascent"]
+
+
+class Ascent:
+    """The scalars of one ascent step on one device: the inputs of every group, the norm and the scales.
+
+    Everything stays on the device, so that neither the norm nor a changed ``rho`` is ever waited for. The tensors
+    keep their addresses for life: a captured CUDA graph reads and writes them again at every replay.
+
+    Attributes:
+        rho: ``rho`` of each group, ``[n_groups]``, `dtype`.
+        epsilon: ``epsilon`` of each group, ``[n_groups]``, `dtype`.
+        adaptive: 1 for each group that climbs by ASAM's rule, else 0; ``[n_groups]``, int32.
+        square_sums: sum of the squared gradient elements of each bucket, ``[n_buckets]``, float64.
+        norm: the global gradient norm, 0-d, `dtype`.
+        scale: ``(1 / (norm + epsilon)) * rho`` of each group, ``[n_groups]``, `dtype`; 0 where that is not finite.
+        groups_adaptive: `adaptive` as the host knows it.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, n_groups: int, n_buckets: int) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.rho = torch.zeros(n_groups, device=device, dtype=dtype)
+        self.epsilon = torch.zeros(n_groups, device=device, dtype=dtype)
+        self.adaptive = torch.zeros(n_groups, device=device, dtype=torch.int32)
+        # Apple's GPUs have no float64.
+        sums = torch.float32 if device.type == "mps" else torch.float64
+        self.square_sums = torch.zeros(n_buckets, device=device, dtype=sums)
+        self.norm = torch.zeros((), device=device, dtype=dtype)
+        self.scale = torch.zeros(n_groups, device=device, dtype=dtype)
+        self.groups_adaptive: tuple[bool, ...] = (False,) * n_groups
+        self._host: tuple[list[float], list[float], list[bool]] | None = None
+
+    def set_groups(self, rho: list[float | Tensor], epsilon: list[float], adaptive: list[bool]) -> None:
+        """Brings the groups' options to the device; copies only what changed since the last call.
+
+        Args:
+            rho: a float or a 0-d tensor for each group; a tensor is copied at every call, without a synchronisation.
+            epsilon: a float for each group.
+            adaptive: a bool for each group.
+        """
+        on_device = [(i, r) for i, r in enumerate(rho) if isinstance(r, Tensor)]
+        host = ([0.0 if isinstance(r, Tensor) else r for r in rho], epsilon, adaptive)
+        if host != self._host:
+            self.rho.copy_(torch.frombuffer(array("d", host[0]), dtype=torch.float64))
+            self.epsilon.copy_(torch.frombuffer(array("d", epsilon), dtype=torch.float64))
+            self.adaptive.copy_(torch.tensor(adaptive))
+            self.groups_adaptive = tuple(adaptive)
+            self._host = host
+        for i, r in on_device:
+            self.rho[i].copy_(r)

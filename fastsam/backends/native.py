@@ -1,0 +1,88 @@
+"""The native library: C++ on CPU, one parallel region for each pass over a bucket.
+
+The ops are private. They reach memory through pointer tables, which no schema can tell of: so they are called only
+where torch.compile does not trace, and the versions of the weights are incremented here.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from fastsam.ascent import Ascent
+from fastsam.bucket import ParameterBucket
+
+try:
+    importlib.import_module("fastsam._C")
+except ImportError as error:
+    raise ImportError(
+        f"fastsam's native library could not be loaded ({error}); it needs torch >= 2.10 and a C++20 compiler at "
+        "install: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
+    ) from None
+
+__all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
+
+_ops = torch.ops.fastsam
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def chunk_size(numel: int) -> int:
+    """Elements in a chunk: 64 KB of fp32, which stays in a core's cache between two uses."""
+    return 16384
+
+
+def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
+    """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
+    _norm(
+        bucket.chunks,
+        bucket.weight_table.tensor,
+        bucket.grad_table.tensor,
+        _DTYPES[bucket.dtype],
+        bucket.index,
+        finish,
+        bucket.partials,
+        ascent.adaptive,
+        ascent.rho,
+        ascent.epsilon,
+        ascent.square_sums,
+        ascent.norm,
+        ascent.scale,
+        bucket.saved,
+    )
+
+
+def combine(ascent: Ascent) -> None:
+    """norm and scale from the sums of all buckets."""
+    _combine(ascent.rho, ascent.epsilon, ascent.square_sums, ascent.norm, ascent.scale)
+
+
+def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
+    """Saves w and w <- w + e_w, in one pass. The backup is kept: on CPU, fresh memory costs more than the pass."""
+    if bucket.backup is None:
+        bucket.backup = bucket.allocate_backup()
+    _perturb(
+        bucket.chunks,
+        bucket.weight_table.tensor,
+        bucket.grad_table.tensor,
+        ascent.adaptive,
+        ascent.norm,
+        ascent.scale,
+        bucket.backup,
+        bucket.saved,
+    )
+    torch.autograd.graph.increment_version(bucket.live_weights())
+
+
+def restore(bucket: ParameterBucket) -> None:
+    """w <- saved w, bit for bit; nothing where nothing was saved."""
+    if bucket.backup is None:
+        return
+    _restore(bucket.chunks, bucket.weight_table.tensor, bucket.grad_table.tensor, bucket.backup, bucket.saved)
+    torch.autograd.graph.increment_version(bucket.live_weights())
+
+
+_norm = _ops.norm.default
+_combine = _ops.combine.default
+_perturb = _ops.perturb.default
+_restore = _ops.restore.default

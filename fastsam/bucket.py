@@ -1,0 +1,296 @@
+"""Flat parameter buckets: one address space for all parameters of one device and dtype.
+
+Kernels do not see tensors. They see chunks of a flat address space and two tables of pointers, so that one pass over a
+bucket is one launch (one parallel region on CPU), whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["ParameterBucket", "PointerTable", "flatten_"]
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and four 128-bit vectors."""
+
+
+class PointerTable:
+    """Addresses of tensors, where kernels find them; written only when one of them changed.
+
+    Attributes:
+        pointers: the addresses as the host knows them; 0 says that there is no tensor.
+        tensor: the same, int64 ``[n]`` on the device.
+        refreshes: how often the table was written.
+    """
+
+    def __init__(self, pointers: list[int], device: torch.device) -> None:
+        self.pointers = pointers
+        self._host = array("q", pointers)
+        # A view of the host's array: on CPU it is the table itself.
+        self._view = torch.frombuffer(self._host, dtype=torch.int64)
+        self.tensor = self._view if device.type == "cpu" else self._view.to(device)
+        self.refreshes = 1
+
+    def update(self, pointers: list[int]) -> None:
+        """Writes `pointers` when they differ from those of the last call; as many as at construction."""
+        if pointers == self.pointers:
+            return
+        self._host[:] = array("q", pointers)
+        if self.tensor is not self._view:
+            self.tensor.copy_(self._view)
+        self.pointers = pointers
+        self.refreshes += 1
+
+
+class ParameterBucket:
+    """All parameters of one (device, dtype) that had a gradient, across param groups, as one flat address space.
+
+    Every parameter owns a *slot*: a range of the bucket that starts at the parameter's own misalignment modulo 64
+    bytes, so that one peeled head aligns a parameter and its backup together. The bucket is cut into chunks of at most
+    `chunk_size` elements; a chunk never spans two parameters.
+
+    Kernels address memory linearly. A parameter that is dense in some order of its dimensions (channels_last,
+    transposed) is reached in place; one with gaps goes through a dense copy, *staged* around each pass. A gradient
+    whose strides differ from its parameter's is copied to them for the step.
+
+    Args:
+        params: the parameters, at least one, all of one device and dtype, in the order of their groups.
+        groups: index of each parameter's group.
+        names: what each parameter is called in an error message.
+        index: of this bucket among the buckets of its device.
+        chunk_size: elements in a chunk, by number of elements in the bucket.
+
+    Attributes:
+        weights: what kernels write to: the parameters themselves, or their staged copies.
+        grads: the gradients of the ascent under way (None: no gradient), from `gather` to `release`.
+        chunks: int64 ``[n_chunks, 4]`` on the device: slot, length | group << 32, offset in the parameter, offset in
+            the backup (both in elements); ordered by the last.
+        offsets: offset of each slot in the backup, in elements.
+        numel: size of the backup, in elements.
+        weight_table: addresses of `weights`.
+        grad_table: addresses of the gradients of the last ascent; it tells what a restore has to restore.
+        partials: one partial sum of squares a chunk, float64 (float32 where there is no float64), for kernels.
+        backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
+        saved: int32 0-d on the device; fused kernels write 0 in norm and 1 in perturb, and restore nothing at 0.
+
+    Raises:
+        RuntimeError: a parameter has no memory.
+        ValueError: two parameters, or two elements of one, share memory.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        groups: Sequence[int],
+        names: Sequence[str],
+        index: int,
+        chunk_size: Callable[[int], int],
+    ) -> None:
+        self.params = list(params)
+        self.groups = list(groups)
+        self.names = list(names)
+        self.index = index
+        self.device = self.params[0].device
+        self.dtype = self.params[0].dtype
+        self._sources = [p.data_ptr() for p in self.params]
+        _check_memory(self.params, self.names)
+
+        dense = [_is_dense(p) for p in self.params]
+        self._staged = [i for i, d in enumerate(dense) if not d]
+        self.weights = [
+            p if d else p.detach().clone(memory_format=torch.contiguous_format)
+            for p, d in zip(self.params, dense, strict=True)
+        ]
+        self._layouts = [(w.dtype, w.shape, w.stride()) for w in self.weights]
+        self._checked = False
+
+        pointers = [w.data_ptr() for w in self.weights]
+        sizes = [w.numel() for w in self.weights]
+        self.offsets, self.numel = _slots(pointers, sizes, self.dtype.itemsize)
+        chunks = _chunks(sizes, self.groups, self.offsets, chunk_size(self.numel))
+        self.chunks = chunks.to(self.device)
+        self.weight_table = PointerTable(pointers, self.device)
+        self.grad_table = PointerTable([0] * len(pointers), self.device)
+        sums = torch.float32 if self.device.type == "mps" else torch.float64
+        self.partials = torch.zeros(len(chunks), dtype=sums, device=self.device)
+        self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.grads: list[Tensor | None] = []
+        self.backup: Tensor | None = None
+
+    def moved(self) -> bool:
+        """Whether a parameter's memory is another than the one that this bucket was laid out for."""
+        return [p.data_ptr() for p in self.params] != self._sources
+
+    def gather(self) -> None:
+        """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
+
+        Raises:
+            TypeError: a gradient is sparse, or of another dtype than its parameter.
+            ValueError: a gradient is of another shape, or on another device, than its parameter.
+        """
+        grads = [p.grad for p in self.params]
+        if not (self._checked and self._laid_out(grads)):
+            grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
+            self._checked = True
+        self.grads = grads
+        self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
+        for i in self._staged:
+            self.weights[i].copy_(self.params[i])
+
+    def release(self) -> None:
+        """Lets go of the gradients: only the ascent needs them."""
+        self.grads = []
+
+    def unstage(self) -> None:
+        """Brings what kernels wrote to staged copies to the parameters."""
+        for i in self._staged:
+            if self.grad_table.pointers[i]:
+                self.params[i].copy_(self.weights[i])
+
+    def restore_moved(self) -> None:
+        """Restores parameters that got other memory, or another dtype, while they were perturbed."""
+        if self.backup is None:
+            return
+        for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
+            self.params[i].copy_(view)
+
+    def live(self) -> list[int]:
+        """The slots that had a gradient in the last ascent: those that are perturbed, and restored."""
+        return [i for i, pointer in enumerate(self.grad_table.pointers) if pointer]
+
+    def terms(self) -> list[tuple[int, Tensor, Tensor]]:
+        """(group, w, g) of every live slot."""
+        slots = zip(self.groups, self.weights, self.grads, self.grad_table.pointers, strict=True)
+        return [(group, w, g) for group, w, g, pointer in slots if pointer and g is not None]
+
+    def live_weights(self) -> list[Tensor]:
+        """w of every live slot."""
+        return [w for w, pointer in zip(self.weights, self.grad_table.pointers, strict=True) if pointer]
+
+    def live_views(self, backup: Tensor) -> list[Tensor]:
+        """For every live slot its range of `backup`, in the weight's shape and strides."""
+        return [
+            backup.as_strided(self.weights[i].shape, self.weights[i].stride(), self.offsets[i]) for i in self.live()
+        ]
+
+    def allocate_backup(self) -> Tensor:
+        """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""
+        return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+
+    def _laid_out(self, grads: list[Tensor | None]) -> bool:
+        """Whether all gradients lie in memory as their parameters do."""
+        try:
+            return self._layouts == [
+                layout if g is None else (g.dtype, g.shape, g.stride())
+                for g, layout in zip(grads, self._layouts, strict=True)
+            ]
+        except RuntimeError:  # a sparse gradient has no strides
+            return False
+
+    def _conform(self, i: int, g: Tensor) -> Tensor:
+        """The gradient of slot i, checked, in its weight's strides."""
+        w, name = self.weights[i], self.names[i]
+        if g.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {name} is sparse ({g.layout}); FusedSAM needs dense gradients: "
+                "use nn.Embedding(..., sparse=False), or a param group of its own in another optimizer"
+            )
+        if g.dtype is not w.dtype:
+            raise TypeError(
+                f"the gradient of {name} is {g.dtype} but the parameter is {w.dtype}; "
+                "convert one of them, or clear the gradients after converting the model"
+            )
+        if g.device != w.device:
+            raise ValueError(
+                f"the gradient of {name} is on {g.device} but the parameter is on {w.device}; "
+                "clear the gradients after moving the model"
+            )
+        if g.shape != w.shape:
+            raise ValueError(
+                f"the gradient of {name} has shape {tuple(g.shape)} but the parameter has {tuple(w.shape)}; "
+                "clear the gradients after changing the parameter"
+            )
+        if all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
+            # Equal but for dimensions of size 1, whose strides mean nothing: expect these from now on.
+            self._layouts[i] = (g.dtype, g.shape, g.stride())
+            return g
+        return torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
+
+
+def flatten_(params: Sequence[Tensor]) -> None:
+    """Moves parameters, of one device and dtype, into one flat buffer, in place: they become views of it.
+
+    Values, shapes and strides stay; addresses change once. Parameters with gaps or without elements are left alone.
+
+    Args:
+        params: the parameters.
+    """
+    movable = [p for p in params if p.numel() and _is_dense(p)]
+    if not movable:
+        return
+    first = movable[0]
+    offsets, numel = _slots([0] * len(movable), [p.numel() for p in movable], first.dtype.itemsize)
+    flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
+    for p, offset in zip(movable, offsets, strict=True):
+        p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements of t fill a range of memory, in any order of the dimensions, without gap or overlap."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def _check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    ranges = []
+    for p, name in zip(params, names, strict=True):
+        if p.numel() == 0:
+            continue
+        if p.data_ptr() == 0:
+            raise RuntimeError(f"{name} has no memory (device {p.device}); materialise it before the step")
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"elements of {name} share memory (strides {p.stride()}); use a parameter of its own memory"
+            )
+        if _is_dense(p):
+            ranges.append((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name))
+    ranges.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
+        if start < end:
+            raise ValueError(
+                f"{name} and {other} share memory but are two parameters; tie them by using one nn.Parameter twice"
+            )
+
+
+def _slots(pointers: Sequence[int], sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+    """Offsets of the slots, each misaligned as its pointer is, and the size of all of them, in elements."""
+    line = ALIGNMENT // itemsize
+    offsets = []
+    end = 0
+    for pointer, size in zip(pointers, sizes, strict=True):
+        start = -(-end // line) * line + pointer % ALIGNMENT // itemsize
+        offsets.append(start)
+        end = start + size
+    return offsets, end
+
+
+def _chunks(sizes: Sequence[int], groups: Sequence[int], offsets: Sequence[int], chunk_size: int) -> Tensor:
+    """The chunk table on the host; see `ParameterBucket.chunks`."""
+    size = torch.tensor(sizes, dtype=torch.int64)
+    counts = (size + chunk_size - 1) // chunk_size
+    slot = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first = counts.cumsum(0) - counts
+    offset = (torch.arange(len(slot)) - first[slot]) * chunk_size
+    length = torch.minimum(size[slot] - offset, torch.tensor(chunk_size))
+    group = torch.tensor(groups, dtype=torch.int64)[slot]
+    backup = torch.tensor(offsets, dtype=torch.int64)[slot] + offset
+    return torch.stack((slot, length | group << 32, offset, backup), dim=1).contiguous()

@@ -1,0 +1,32 @@
+"""Tells gradients that a backward pass wrote from those that an earlier step left behind."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import Tensor
+
+__all__ = ["StaleGradients"]
+
+
+class StaleGradients:
+    """The gradients that are known and done with. A gradient is *fresh* when its object or version is another.
+
+    Holds no gradient alive. An object's id alone would not do: the next backward often gets the memory of a freed one.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def mark(self, params: Iterable[Tensor]) -> None:
+        """Marks what gradients there are as stale."""
+        self._known = {id(g): (weakref.ref(g), g._version) for p in params if (g := p.grad) is not None}
+
+    def any_fresh(self, params: Iterable[Tensor]) -> bool:
+        """Whether any parameter has a gradient that was not marked, or was written to since."""
+        return any(self._is_fresh(g) for p in params if (g := p.grad) is not None)
+
+    def _is_fresh(self, g: Tensor) -> bool:
+        known = self._known.get(id(g))
+        return known is None or known[0]() is not g or known[1] != g._version

@@ -1,0 +1,165 @@
+"""Which bucket each parameter belongs to, and one ascent over all of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam import backends
+from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
+from fastsam.ascent import Ascent
+from fastsam.bucket import ParameterBucket
+
+__all__ = ["Layout"]
+
+Group = dict[str, Any]
+
+
+class Layout:
+    """The buckets of an optimizer's parameters, laid out again when parameters come, move or change.
+
+    A parameter enters a bucket with its first gradient, so that frozen ones cost nothing.
+
+    Args:
+        backend: the name to ask every device's backend by; None for the default of each.
+
+    Attributes:
+        buckets: with the backend of each.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self.buckets: list[tuple[backends.Backend, ParameterBucket]] = []
+        self._backend = backend
+        self._ascents: dict[torch.device, Ascent] = {}
+        self._slotless: list[Tensor] = []
+        self._ids: list[list[int]] = []
+        self._options: tuple[list[float | Tensor], list[float], list[bool]] | None = None
+        self._warned = False
+
+    @property
+    def norm(self) -> Tensor | None:
+        """The global gradient norm of the last ascent, 0-d, on the first bucket's device; None before the first."""
+        for ascent in self._ascents.values():
+            return ascent.norm
+        return None
+
+    def measure(self, groups: list[Group]) -> None:
+        """Computes norm and scale from the gradients that are there. Writes to no parameter.
+
+        Args:
+            groups: the param groups, each with rho, epsilon and adaptive.
+
+        Raises:
+            RuntimeError: no parameter has a gradient.
+            TypeError: a gradient or parameter of a kind that can't be perturbed.
+            ValueError: an option out of range; a gradient that does not fit its parameter.
+        """
+        ids = [[id(p) for p in group["params"]] for group in groups]
+        if (
+            ids != self._ids
+            or any(bucket.moved() for _, bucket in self.buckets)
+            or any(p.grad is not None for p in self._slotless)
+        ):
+            self._lay_out(groups)
+            self._ids = ids
+        for _, bucket in self.buckets:
+            bucket.gather()
+        if not any(g is not None for _, bucket in self.buckets for g in bucket.grads):
+            raise RuntimeError(
+                "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure "
+                "that computes the loss and calls backward()"
+            )
+        self._set_options(groups)
+        alone = len(self.buckets) == 1
+        for backend, bucket in self.buckets:
+            backend.norm(bucket, self._ascents[bucket.device], alone)
+        if not alone:
+            self._combine()
+
+    def perturb(self) -> None:
+        """w <- w + e_w, by the last `measure`."""
+        for backend, bucket in self.buckets:
+            backend.perturb(bucket, self._ascents[bucket.device])
+            bucket.unstage()
+            bucket.release()
+
+    def restore(self) -> None:
+        """w <- saved w, bit for bit, wherever the last `perturb` got to."""
+        for backend, bucket in self.buckets:
+            if bucket.moved():
+                bucket.restore_moved()
+            else:
+                backend.restore(bucket)
+                bucket.unstage()
+            bucket.release()
+
+    def _lay_out(self, groups: list[Group]) -> None:
+        slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str]]] = {}
+        self._slotless = []
+        for i, group in enumerate(groups):
+            for j, p in enumerate(group["params"]):
+                if p.grad is None and not (id(p) in slotted and p.requires_grad):
+                    self._slotless.append(p)
+                    continue
+                name = parameter_name(group, i, j)
+                if p.dtype not in DTYPES:
+                    raise TypeError(f"{name} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}")
+                members.setdefault((p.device, p.dtype), []).append((p, i, name))
+        self._warn_16_bit(members)
+
+        devices = list(dict.fromkeys(device for device, _ in members))
+        dtype = torch.float64 if any(dtype is torch.float64 for _, dtype in members) else torch.float32
+        self.buckets = []
+        self._ascents = {}
+        for device in devices:
+            backend = backends.load(self._backend, device)
+            here = [entries for (d, _), entries in members.items() if d == device]
+            self._ascents[device] = Ascent(device, dtype, len(groups), len(here))
+            for index, entries in enumerate(here):
+                params, indices, names = zip(*entries, strict=True)
+                self.buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
+        self._options = None
+
+    def _set_options(self, groups: list[Group]) -> None:
+        rho = [host_value(group["rho"]) for group in groups]
+        epsilon = [group["epsilon"] for group in groups]
+        adaptive = [group["adaptive"] for group in groups]
+        options = (rho, epsilon, adaptive)
+        on_device = any(isinstance(r, Tensor) for r in rho)
+        if not on_device and options == self._options:
+            return
+        for i, group in enumerate(groups):
+            check_options(group, f" of param group {i}")
+        for ascent in self._ascents.values():
+            ascent.set_groups(rho, epsilon, adaptive)
+        self._options = None if on_device else options
+
+    def _combine(self) -> None:
+        """The norm over several buckets: the sums of all devices meet on the first."""
+        first, *others = self._ascents.values()
+        if others:
+            total = torch.stack(
+                [first.square_sums.sum(), *(a.square_sums.sum().to(first.device) for a in others)]
+            ).sum()
+            for ascent in self._ascents.values():
+                ascent.square_sums.zero_()
+                ascent.square_sums[0].copy_(total)
+        combined = set()
+        for backend, bucket in self.buckets:
+            if bucket.device not in combined:
+                backend.combine(self._ascents[bucket.device])
+                combined.add(bucket.device)
+
+    def _warn_16_bit(self, members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str]]]) -> None:
+        short = [dtype for _, dtype in members if dtype in (torch.bfloat16, torch.float16)]
+        if short and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"FusedSAM perturbs {short[0]} parameters: rounding w + e_w to 16 bits leaves most weights where they "
+                "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast.",
+                stacklevel=2,
+            )

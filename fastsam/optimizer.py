@@ -1,0 +1,448 @@
+"""FusedSAM: the state machine around a base optimizer (idle -> perturbed -> idle)."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from fastsam.arguments import COUNTER, OPTIONS, bind, check_group, complete_group
+from fastsam.bucket import flatten_
+from fastsam.checkpoint import to_base_state_dict
+from fastsam.freshness import StaleGradients
+from fastsam.layout import Layout
+
+__all__ = ["FusedSAM"]
+
+Closure = Callable[[], Any]
+Group = dict[str, Any]
+
+
+class _State:
+    """All that changes while training, in one object: wrappers copy an optimizer's attributes and set their own."""
+
+    def __init__(self, backend: str | None) -> None:
+        self.perturbed = False
+        self.layout = Layout(backend)
+        self.stale = StaleGradients()
+
+
+class FusedSAM(Optimizer):
+    r"""Sharpness-aware minimization around any torch optimizer.
+
+    Foret et al. 2021, arXiv 2010.01412, Eq. 2 with p = 2; ``adaptive=True`` is ASAM, arXiv 2102.11600:
+
+    .. code-block:: text
+
+        norm  = sqrt( sum_i ||g_i||^2 )          over all groups;   adaptive: of |w| * g
+        e_w   = rho * g / (norm + epsilon)                          adaptive: w^2 * g * rho / (norm + epsilon)
+        w    <- w + e_w                          first_step: climb to the worst nearby point
+        g'    = gradient at w + e_w              your second forward and backward
+        w    <- saved w                          second_step: bit for bit
+        the base optimizer steps at w with g'
+
+    Two forms of call. The type of the first argument decides:
+
+    .. code-block:: text
+
+        FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
+                 flatten_parameters=False, **base_optimizer_kwargs)
+        FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
+                 flatten_parameters=False)
+
+    ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
+    ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
+    training.
+
+    Args:
+        params: parameters as torch's optimizers take them: tensors, (name, tensor) pairs or group dicts.
+        base_optimizer: an optimizer class (first form) or an optimizer (second form).
+        rho: radius of the neighbourhood, >= 0; a float or a 0-d tensor.
+        adaptive: climb by ASAM's scale-invariant rule.
+        epsilon: added to the norm, >= 0.
+        interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it; the others are plain steps of
+            the base optimizer.
+        backend: one of `fastsam.available_backends()`; None takes ``FASTSAM_BACKEND`` or the best for each device.
+        flatten_parameters: move the parameters into one flat buffer for each device and dtype, as views of it.
+        **base_optimizer_kwargs: options of the base optimizer (first form).
+
+    Raises:
+        TypeError: an argument of the wrong type; a parameter that is complex or integer and takes a gradient.
+        ValueError: an argument out of range; a base optimizer that has an option of the same name, or that computes its
+            step from closures (LBFGS) or sparse gradients (SparseAdam).
+        RuntimeError: the backend that was asked for is missing.
+
+    Example:
+        >>> sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> loss_fn(model(x), y).backward()
+        >>> sam.first_step(zero_grad=True)
+        >>> loss_fn(model(x), y).backward()
+        >>> sam.second_step(zero_grad=True)
+
+    Note:
+        Departures from davda54/sam: restoring writes to the parameters' own memory, state_dict holds the base
+        optimizer's state, ``step`` returns the loss, 16-bit parameters are perturbed in fp32 arithmetic, and a gradient
+        that is not finite perturbs nothing.
+    """
+
+    base_optimizer: Optimizer
+    interval: int
+    flatten_parameters: bool
+    _backend: str | None
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        rho: float | Tensor = 0.05,
+        adaptive: bool = False,
+        *,
+        epsilon: float = 1e-12,
+        interval: int = 1,
+        backend: str | None = None,
+        flatten_parameters: bool = False,
+        **base_optimizer_kwargs: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        rho: float | Tensor = 0.05,
+        epsilon: float = 1e-12,
+        interval: int = 1,
+        *,
+        adaptive: bool = False,
+        backend: str | None = None,
+        flatten_parameters: bool = False,
+    ) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        arguments = bind(*args, **kwargs)
+        base = arguments.base_optimizer
+        self.__setstate__(
+            {
+                "base_optimizer": base,
+                "defaults": {**base.defaults, **arguments.options},
+                "interval": arguments.interval,
+                "flatten_parameters": arguments.flatten_parameters,
+                "_backend": arguments.backend,
+            }
+        )
+        if self.flatten_parameters:
+            _flatten(self._parameters())
+
+    # -- the base optimizer's own --------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The base optimizer's param groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    # -- the sharpness-aware step --------------------------------------------------------------------------------------
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters are at w + e_w."""
+        return self._state.perturbed
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global gradient norm of the last ascent: a 0-d tensor on the device, None before the first."""
+        norm = self._state.layout.norm
+        return None if norm is None else norm.clone()
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """Saves w and climbs: w <- w + e_w, by the gradients that are there.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Returns:
+            True; or False on a step that `interval` leaves plain: then nothing happened, the gradients are kept, and
+            `second_step` is the base optimizer's step.
+
+        Raises:
+            RuntimeError: already perturbed, or no parameter has a gradient.
+            TypeError: a gradient is sparse, or of another dtype than its parameter.
+            ValueError: an option in a param group is out of range; a gradient does not fit its parameter.
+        """
+        self._require_idle("first_step()")
+        if not self._is_sam_step():
+            return False
+        self._perturb()
+        if zero_grad:
+            self.zero_grad()
+        return True
+
+    @_disable_dynamo
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores w, bit for bit, and steps the base optimizer with the gradients that are there.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: not perturbed, on a step that is a SAM step.
+        """
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One whole step with a closure; without one, what `second_step` does.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss. When gradients were
+                computed since the last step they are taken for those at w, and the closure runs once, at w + e_w;
+                otherwise it runs twice. On a step that `interval` leaves plain it runs once, or not at all. The
+                gradients are cleared between the passes.
+
+        Returns:
+            The loss at w, where the closure computed it; else None.
+
+        Raises:
+            RuntimeError: no closure, not perturbed, and this is a SAM step; or no gradient at w.
+            Exception: whatever the closure raises, after w is restored bit for bit.
+        """
+        if closure is None and not self._state.perturbed:
+            if self._is_state_initialisation():
+                self.base_optimizer.step()
+                return None
+            if self._is_sam_step():
+                raise RuntimeError(
+                    "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
+                    "the gradients again before step() or second_step(), or pass step() a closure"
+                )
+        try:
+            loss = None if closure is None else self._run(closure)
+            self._restore()
+            self.base_optimizer.step()
+        except BaseException:
+            self._restore()
+            self._mark_stale()
+            raise
+        for group in self.param_groups:
+            group[COUNTER] += 1
+        self._mark_stale()
+        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to w, bit for bit, without a step; nothing to do when not perturbed.
+
+        The interrupted step ends here and is not counted. Call it before saving a model in a signal handler.
+        """
+        if self._state.perturbed:
+            self._restore()
+            self._mark_stale()
+
+    def __enter__(self) -> FusedSAM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Leaves no perturbation behind, whatever happened in the block."""
+        self.restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as the base optimizer does.
+
+        Args:
+            set_to_none: let go of them; False writes zeros.
+        """
+        self.base_optimizer.zero_grad(set_to_none)
+
+    # -- groups and checkpoints ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a param group to the base optimizer.
+
+        Args:
+            param_group: ``params`` and options, as torch takes them; also rho, epsilon, adaptive.
+
+        Raises:
+            RuntimeError: perturbed.
+            TypeError, ValueError: as at construction.
+        """
+        self._require_idle("add_param_group()")
+        groups = self.param_groups
+        options = {key: self.defaults[key] for key in OPTIONS}
+        self.base_optimizer.add_param_group(complete_group(dict(param_group), options, groups[0][COUNTER]))
+        try:
+            check_group(groups, len(groups) - 1)
+        except BaseException:
+            groups.pop()
+            raise
+        if self.flatten_parameters:
+            _flatten(groups[-1]["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict; its groups hold rho, epsilon, adaptive and the count of steps too.
+
+        Raises:
+            RuntimeError: perturbed.
+        """
+        self._require_idle("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _or(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; or a plain base optimizer's, davda54/sam's, pytorch_optimizer's or Composer's.
+
+        Options that the saved groups do not have stay as they are. A ``rho`` that is a tensor keeps its identity and
+        takes the saved value.
+
+        Args:
+            state_dict: the saved state. It is not changed.
+
+        Raises:
+            RuntimeError: perturbed.
+            ValueError: it does not fit this optimizer's groups, or an option in it is out of range.
+        """
+        self._require_idle("load_state_dict()")
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(pre_hook(self, state_dict), state_dict)
+        before = [{key: group[key] for key in (*OPTIONS, COUNTER)} for group in self.param_groups]
+        self.base_optimizer.load_state_dict(to_base_state_dict(state_dict))
+        for group, options in zip(self.param_groups, before, strict=True):
+            if isinstance(rho := options["rho"], Tensor) and "rho" in group:
+                with torch.no_grad():
+                    group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
+            for key, value in options.items():
+                group.setdefault(key, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_idle("pickle and deepcopy")
+        names = ("base_optimizer", "defaults", "interval", "flatten_parameters", "_backend")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._state = _State(self._backend)
+        _notify_zero_grad(self.base_optimizer, self)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _run(self, closure: Closure) -> Any:
+        """The passes of one step, up to where the weights are still perturbed."""
+        loss = None
+        if not self._state.perturbed:
+            if not self._state.stale.any_fresh(self._parameters()):
+                with torch.enable_grad():
+                    loss = closure()
+            if not self._is_sam_step():
+                return loss
+            self._perturb()
+            self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        return loss
+
+    def _perturb(self) -> None:
+        state = self._state
+        state.layout.measure(self.param_groups)
+        # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
+        # Buckets know themselves how far perturb got.
+        state.perturbed = True
+        try:
+            state.layout.perturb()
+        except BaseException:
+            self._restore()
+            raise
+        if not state.perturbed:
+            state.layout.restore()
+            raise RuntimeError("restore() was called, by a signal handler, while first_step() was under way")
+        # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
+        torch.clear_autocast_cache()
+
+    def _restore(self) -> None:
+        if self._state.perturbed:
+            self._state.layout.restore()
+            self._state.perturbed = False
+            torch.clear_autocast_cache()
+
+    def _is_sam_step(self) -> bool:
+        return bool((self.param_groups[0][COUNTER] + 1) % self.interval == 0)
+
+    def _is_state_initialisation(self) -> bool:
+        """Whether this is torch.distributed.checkpoint filling the base's state: lr 0, gradients zero or none."""
+        for group in self.param_groups:
+            lr = group.get("lr", 0.0)
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                return False
+            if lr != 0:
+                return False
+        return not any(p.grad.any() for p in self._parameters() if p.grad is not None)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _mark_stale(self) -> None:
+        self._state.stale.mark(self._parameters())
+
+    def _require_idle(self, what: str) -> None:
+        if self._state.perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed (w + e_w): finish the step with second_step(), or call "
+                "restore() to go back to w"
+            )
+
+
+def _notify_zero_grad(base: Optimizer, sam: FusedSAM) -> None:
+    """Makes base.zero_grad mark the zeros that it writes: they are no gradient of a new backward."""
+    base_ref, sam_ref = weakref.ref(base), weakref.ref(sam)
+
+    @functools.wraps(type(base).zero_grad)
+    def zero_grad(set_to_none: bool = True) -> None:
+        base = cast(Optimizer, base_ref())
+        type(base).zero_grad(base, set_to_none)
+        sam = sam_ref()
+        if sam is not None:
+            sam._mark_stale()
+
+    base.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _flatten(params: list[Tensor]) -> None:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        by_kind.setdefault((p.device, p.dtype), []).append(p)
+    for alike in by_kind.values():
+        flatten_(alike)
+
+
+def _or(result: Any, default: Any) -> Any:
+    """What a hook returned, where it returned something."""
+    return default if result is None else result
