@@ -24,7 +24,6 @@ except ImportError as error:
 __all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
 
 _ops = torch.ops.fastsam
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def chunk_size(numel: int) -> int:
@@ -38,7 +37,7 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
         bucket.chunks,
         bucket.weight_table.tensor,
         bucket.grad_table.tensor,
-        _DTYPES[bucket.dtype],
+        bucket.dtype,
         bucket.index,
         finish,
         bucket.partials,
