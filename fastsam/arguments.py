@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.optimizer import ParamsT
 
-from fastsam import backends
+from fastsam import amp, backends
 
 __all__ = [
     "COUNTER",
     "DTYPES",
     "OPTIONS",
     "Arguments",
+    "ContextFactory",
     "bind",
     "check_group",
     "check_options",
@@ -27,6 +31,7 @@ __all__ = [
 ]
 
 Group = dict[str, Any]
+ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 OPTIONS = ("rho", "epsilon", "adaptive")
 """FusedSAM's options in every param group."""
@@ -45,6 +50,8 @@ class Arguments(NamedTuple):
     options: Group
     interval: int
     backend: str | None
+    first_pass_context: ContextFactory | None
+    grad_scaler: GradScaler | None
     flatten_parameters: bool
 
 
@@ -56,6 +63,8 @@ def bind(*args: Any, **kwargs: Any) -> Arguments:
     """
     first = args[0] if args else kwargs.get("params", kwargs.get("base_optimizer"))
     arguments = (_bind_optimizer if isinstance(first, Optimizer) else _bind_class)(*args, **kwargs)
+    _check_context(arguments.first_pass_context)
+    amp.check_scaler(arguments.grad_scaler)
     groups = arguments.base_optimizer.param_groups
     for group in groups:
         complete_group(group, arguments.options, 0)
@@ -77,6 +86,8 @@ def _bind_class(
     epsilon: float = 1e-12,
     interval: int = 1,
     backend: str | None = None,
+    first_pass_context: ContextFactory | None = None,
+    grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
     **base_optimizer_kwargs: Any,
 ) -> Arguments:
@@ -89,7 +100,7 @@ def _bind_class(
     options = _checked(rho, epsilon, adaptive, interval)
     base = base_optimizer(params, **base_optimizer_kwargs)
     _check_defaults(base)
-    return Arguments(base, options, interval, backend, flatten_parameters)
+    return Arguments(base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
 def _bind_optimizer(
@@ -100,12 +111,14 @@ def _bind_optimizer(
     *,
     adaptive: bool = False,
     backend: str | None = None,
+    first_pass_context: ContextFactory | None = None,
+    grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
 ) -> Arguments:
     _check_class(type(base_optimizer))
     options = _checked(rho, epsilon, adaptive, interval)
     _check_defaults(base_optimizer)
-    return Arguments(base_optimizer, options, interval, backend, flatten_parameters)
+    return Arguments(base_optimizer, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
 def complete_group(group: Group, options: Group, steps: int) -> Group:
@@ -189,6 +202,14 @@ def _checked(rho: float | Tensor, epsilon: float, adaptive: bool, interval: int)
     if interval < 1:
         raise ValueError(f"interval must be >= 1, but got {interval}")
     return options
+
+
+def _check_context(first_pass_context: object) -> None:
+    if first_pass_context is not None and not callable(first_pass_context):
+        raise TypeError(
+            "first_pass_context must be a function that makes a context manager, such as model.no_sync (without "
+            f"calling it), but got {first_pass_context!r}"
+        )
 
 
 def _check_class(base_optimizer: type[Optimizer]) -> None:

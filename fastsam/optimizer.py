@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fastsam.arguments import COUNTER, OPTIONS, bind, check_group, complete_group
+from fastsam import amp
+from fastsam.arguments import COUNTER, OPTIONS, ContextFactory, bind, check_group, complete_group
 from fastsam.bucket import flatten_
 from fastsam.checkpoint import to_base_state_dict
 from fastsam.freshness import StaleGradients
@@ -32,6 +35,7 @@ class _State:
         self.perturbed = False
         self.layout = Layout(backend)
         self.stale = StaleGradients()
+        self.loss_scale: Tensor | None = None
 
 
 class FusedSAM(Optimizer):
@@ -53,9 +57,9 @@ class FusedSAM(Optimizer):
     .. code-block:: text
 
         FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
-                 flatten_parameters=False, **base_optimizer_kwargs)
+                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, **base_optimizer_kwargs)
         FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
-                 flatten_parameters=False)
+                 first_pass_context=None, grad_scaler=None, flatten_parameters=False)
 
     ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
     ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
@@ -70,6 +74,11 @@ class FusedSAM(Optimizer):
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it; the others are plain steps of
             the base optimizer.
         backend: one of `fastsam.available_backends()`; None takes ``FASTSAM_BACKEND`` or the best for each device.
+        first_pass_context: a function that makes a context manager; `step(closure)` runs the first of two passes in it.
+            With ``DistributedDataParallel.no_sync`` each rank climbs by the gradient of its own samples, without
+            communication (m-sharpness, section 4.1 of the paper); the replicas stay equal, bit for bit.
+        grad_scaler: the `torch.amp.GradScaler` of the losses. Then `step(closure)` and `second_step` step by it, and
+            misuses of it are seen; you call ``scaler.update()``. Without it, end a step by ``scaler.step(sam)``.
         flatten_parameters: move the parameters into one flat buffer for each device and dtype, as views of it.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
@@ -95,7 +104,12 @@ class FusedSAM(Optimizer):
     base_optimizer: Optimizer
     interval: int
     flatten_parameters: bool
+    # pickle and deepcopy leave these two behind: a bound no_sync would bring the whole model along
+    first_pass_context: ContextFactory | None = None
+    grad_scaler: GradScaler | None = None
     _backend: str | None
+    # A GradScaler then always calls step(), which must undo the perturbation, and leaves the rest to fastsam.amp.
+    _step_supports_amp_scaling = True
 
     @overload
     def __init__(
@@ -108,6 +122,8 @@ class FusedSAM(Optimizer):
         epsilon: float = 1e-12,
         interval: int = 1,
         backend: str | None = None,
+        first_pass_context: ContextFactory | None = None,
+        grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
         **base_optimizer_kwargs: Any,
     ) -> None: ...
@@ -122,6 +138,8 @@ class FusedSAM(Optimizer):
         *,
         adaptive: bool = False,
         backend: str | None = None,
+        first_pass_context: ContextFactory | None = None,
+        grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
     ) -> None: ...
 
@@ -133,6 +151,8 @@ class FusedSAM(Optimizer):
                 "base_optimizer": base,
                 "defaults": {**base.defaults, **arguments.options},
                 "interval": arguments.interval,
+                "first_pass_context": arguments.first_pass_context,
+                "grad_scaler": arguments.grad_scaler,
                 "flatten_parameters": arguments.flatten_parameters,
                 "_backend": arguments.backend,
             }
@@ -169,9 +189,14 @@ class FusedSAM(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global gradient norm of the last ascent: a 0-d tensor on the device, None before the first."""
-        norm = self._state.layout.norm
-        return None if norm is None else norm.clone()
+        """The global gradient norm of the last ascent: a 0-d tensor on the device, None before the first.
+
+        Without the loss scale, where `grad_scaler` is known; else with it.
+        """
+        norm, scale = self._state.layout.norm, self._state.loss_scale
+        if norm is None:
+            return None
+        return norm.clone() if scale is None else norm / scale.to(norm.device, non_blocking=True)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -186,7 +211,7 @@ class FusedSAM(Optimizer):
             `second_step` is the base optimizer's step.
 
         Raises:
-            RuntimeError: already perturbed, or no parameter has a gradient.
+            RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it.
             TypeError: a gradient is sparse, or of another dtype than its parameter.
             ValueError: an option in a param group is out of range; a gradient does not fit its parameter.
         """
@@ -227,25 +252,21 @@ class FusedSAM(Optimizer):
             The loss at w, where the closure computed it; else None.
 
         Raises:
-            RuntimeError: no closure, not perturbed, and this is a SAM step; or no gradient at w.
+            RuntimeError: no closure, not perturbed, and this is a SAM step; or no gradient at w; or a GradScaler was
+                used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
-        if closure is None and not self._state.perturbed:
-            if self._is_state_initialisation():
-                self.base_optimizer.step()
-                return None
-            if self._is_sam_step():
-                raise RuntimeError(
-                    "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
-                    "the gradients again before step() or second_step(), or pass step() a closure"
-                )
-        try:
-            loss = None if closure is None else self._run(closure)
-            self._restore()
+        if closure is None and not self._state.perturbed and self._is_state_initialisation():
             self.base_optimizer.step()
+            return None
+        try:
+            loss = self._run(closure)
+            self._restore()
+            amp.step(self.grad_scaler, self, self.base_optimizer)
         except BaseException:
             self._restore()
             self._mark_stale()
+            amp.forget(self)
             raise
         for group in self.param_groups:
             group[COUNTER] += 1
@@ -355,12 +376,27 @@ class FusedSAM(Optimizer):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _run(self, closure: Closure) -> Any:
+    def _run(self, closure: Closure | None) -> Any:
         """The passes of one step, up to where the weights are still perturbed."""
+        if closure is None:
+            if not self._state.perturbed and self._is_sam_step():
+                raise RuntimeError(
+                    "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
+                    "the gradients again before step() or second_step(), or pass step() a closure"
+                )
+            return None
+        if amp.in_scaler_step(self):
+            raise RuntimeError(
+                "scaler.step(sam, closure) can't work: the scaler looks for infinite gradients before the closure "
+                "computes any. Use FusedSAM(..., grad_scaler=scaler) and sam.step(closure), or first_step(), a second "
+                "backward and scaler.step(sam)"
+            )
         loss = None
         if not self._state.perturbed:
             if not self._state.stale.any_fresh(self._parameters()):
-                with torch.enable_grad():
+                # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
+                two_passes = self.first_pass_context is not None and self._is_sam_step()
+                with self.first_pass_context() if two_passes else nullcontext(), torch.enable_grad():
                     loss = closure()
             if not self._is_sam_step():
                 return loss
@@ -372,7 +408,9 @@ class FusedSAM(Optimizer):
 
     def _perturb(self) -> None:
         state = self._state
+        amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
         state.layout.measure(self.param_groups)
+        state.loss_scale = amp.loss_scale(self.grad_scaler)
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
         # Buckets know themselves how far perturb got.
         state.perturbed = True

@@ -1,0 +1,126 @@
+"""GradScaler: the base optimizer's step with gradients that carry a loss scale.
+
+rho * g / ||g|| does not feel the scale, so the first gradient is never unscaled; only the second one is. The scaler
+leaves that to optimizers with ``_step_supports_amp_scaling``: it calls their ``step`` with two attributes set, which it
+deletes afterwards. ``found_inf`` tells (0-d tensor, not 0) that a gradient is not finite, ``grad_scale`` is what to
+divide by (None: `unscale_` did it already).
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+__all__ = ["check_first_gradient", "check_scaler", "forget", "in_scaler_step", "loss_scale", "step"]
+
+
+def check_scaler(scaler: GradScaler | None) -> None:
+    """Raises a TypeError unless `scaler` is one, or None."""
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, but got {scaler!r}")
+
+
+def loss_scale(scaler: GradScaler | None) -> Tensor | None:
+    """The scale that the gradients carry now, a copy, 0-d, on the scaler's device; None where it isn't known."""
+    scale = None if scaler is None else scaler._get_scale_async()
+    return None if scale is None else scale.clone()
+
+
+def check_first_gradient(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
+    """Raises a RuntimeError when the gradients at w were unscaled: the scaler would take the second ones for it too."""
+    if _is_unscaled(scaler, sam) or _is_unscaled(scaler, base):
+        raise RuntimeError(
+            "scaler.unscale_() was called before the second backward: it works once a step, and the second gradients "
+            "need it (the first ones need none). Call it after first_step() and the second backward; leave it out of a "
+            "closure that runs twice. Then scaler.update() and zero_grad() make a new start"
+        )
+
+
+def in_scaler_step(sam: Optimizer) -> bool:
+    """Whether scaler.step(sam) is what called."""
+    return hasattr(sam, "found_inf")
+
+
+def forget(sam: Optimizer) -> None:
+    """Deletes what scaler.step(sam) set: after an exception it does not do so, and would multiply the next scale."""
+    for name in ("grad_scale", "found_inf"):
+        vars(sam).pop(name, None)
+
+
+def step(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
+    """Steps `base` with the gradients that are there, at w; skips it where one of them is not finite.
+
+    Args:
+        scaler: the one that the user made known, or None.
+        sam: what the scaler knows; carries what it set.
+        base: the optimizer to step.
+
+    Raises:
+        RuntimeError: `unscale_` was called on the base optimizer; or the scaler's own, such as a forgotten update().
+        ValueError: a gradient is fp16, which can't be unscaled.
+    """
+    if _is_unscaled(scaler, base):
+        raise RuntimeError("scaler.unscale_() was called on the base optimizer: call it on the FusedSAM around it")
+    if scaler is None or in_scaler_step(sam):
+        _step_base(sam, base)
+        return
+    # The scaler calls sam.step. That is already running, hooks and all, so it finds the last part alone in its place.
+    # A learning rate scheduler may have put a `step` of its own there.
+    own = vars(sam).get("step")
+    sam.step = lambda: _step_base(sam, base)  # type: ignore[method-assign, assignment]
+    try:
+        scaler.step(sam)
+    finally:
+        del sam.step
+        if own is not None:
+            sam.step = own  # type: ignore[method-assign]
+
+
+def _step_base(sam: Optimizer, base: Optimizer) -> None:
+    grad_scale, found_inf = getattr(sam, "grad_scale", None), getattr(sam, "found_inf", None)
+    if found_inf is None and grad_scale is None:
+        base.step()
+    elif _supports_scaling(base):
+        base.grad_scale, base.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+        try:
+            base.step()
+        finally:
+            forget(base)
+    elif not found_inf:  # waits for the device, as the scaler does for every optimizer that knows nothing of it
+        if grad_scale is not None:
+            _unscale(base, grad_scale)
+        base.step()
+
+
+def _supports_scaling(base: Optimizer) -> bool:
+    """Whether `base` reads the two attributes; the older contract, a `grad_scaler` argument, is not offered."""
+    supports = getattr(base, "_step_supports_amp_scaling", False)
+    return supports and "grad_scaler" not in inspect.signature(base.step).parameters
+
+
+def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
+    """Divides the gradients, out of place: two of them may share memory, which unscale_ would divide twice."""
+    inverse = grad_scale.double().reciprocal().float() if grad_scale.device.type != "mps" else grad_scale.reciprocal()
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for p in (p for group in base.param_groups for p in group["params"]):
+        if (g := p.grad) is None:
+            continue
+        if g.dtype is torch.float16:
+            raise ValueError(
+                "the gradients are fp16, where unscaling loses them: keep the parameters in fp32 and run the model "
+                "under torch.autocast, or use a base optimizer that unscales in its kernel, as fused=True does"
+            )
+        by_device.setdefault(g.device, []).append((p, g))
+    for device, pairs in by_device.items():
+        unscaled = torch._foreach_mul([g for _, g in pairs], inverse.to(device, non_blocking=True))
+        for (p, _), g in zip(pairs, unscaled, strict=True):
+            p.grad = g
+
+
+def _is_unscaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
+    state = None if scaler is None else scaler._per_optimizer_states.get(id(optimizer))
+    return state is not None and state["stage"] is OptState.UNSCALED
