@@ -24,10 +24,15 @@ import setuptools
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml's SPDX license
     sys.exit(f"fastsam: setuptools >= 77 is needed, found {setuptools.__version__}: pip install --upgrade setuptools")
 
-# 0x020a...: the oldest torch that the library runs on, 2.10. Contraction to FMA is off because perturb must equal the
-# reference bit for bit; symbols are hidden because only PyInit__C is anyone's business.
-TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *TORCH_FLAGS]
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",  # perturb must equal the reference bit for bit, and an FMA rounds once where it rounds twice
+    "-fvisibility=hidden",
+    f"-ffile-prefix-map={os.getcwd()}/=",  # messages name csrc/..., not the folder that pip built in
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch that the library runs on: 2.10
+]
 
 PROBE = """
 #include <concepts>

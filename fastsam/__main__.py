@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -58,6 +59,8 @@ def backend_states(found: dict[torch.device, str]) -> dict[str, str]:
             states[name] = f"missing: {reason}"
         else:
             states[name] = f"available, default on {on}" if on else "available"
+    if backends.missing("cpp") is None:
+        states["cpp"] += f", uses {importlib.import_module('fastsam._C').instruction_set()}"
     return states
 
 
