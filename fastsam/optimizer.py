@@ -395,8 +395,8 @@ class FusedSAM(Optimizer):
         if not self._state.perturbed:
             if not self._state.stale.any_fresh(self._parameters()):
                 # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
-                two_passes = self.first_pass_context is not None and self._is_sam_step()
-                with self.first_pass_context() if two_passes else nullcontext(), torch.enable_grad():
+                context = self.first_pass_context if self._is_sam_step() else None
+                with nullcontext() if context is None else context(), torch.enable_grad():
                     loss = closure()
             if not self._is_sam_step():
                 return loss
