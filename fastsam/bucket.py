@@ -76,7 +76,7 @@ class ParameterBucket:
         grad_table: addresses of the gradients of the last ascent; it tells what a restore has to restore.
         partials: one partial sum of squares a chunk, float64 (float32 where there is no float64), for kernels.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
-        saved: int32 0-d on the device; fused kernels write 0 in norm and 1 in perturb, and restore nothing at 0.
+        saved: int32 0-d on the device, 1 once `backup` holds the weights of this step; norm writes 0, perturb 1.
 
     Raises:
         RuntimeError: a parameter has no memory.
@@ -154,7 +154,7 @@ class ParameterBucket:
 
     def restore_moved(self) -> None:
         """Restores parameters that got other memory, or another dtype, while they were perturbed."""
-        if self.backup is None:
+        if self.backup is None or not self.saved:  # kept from an earlier step
             return
         for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
             self.params[i].copy_(view)

@@ -99,11 +99,11 @@ class Layout:
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str]]] = {}
-        self._slotless = []
+        slotless = []
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
                 if p.grad is None and not (id(p) in slotted and p.requires_grad):
-                    self._slotless.append(p)
+                    slotless.append(p)
                     continue
                 name = parameter_name(group, i, j)
                 if p.dtype not in DTYPES:
@@ -113,16 +113,16 @@ class Layout:
 
         devices = list(dict.fromkeys(device for device, _ in members))
         dtype = torch.float64 if any(dtype is torch.float64 for _, dtype in members) else torch.float32
-        self.buckets = []
-        self._ascents = {}
+        buckets: list[tuple[backends.Backend, ParameterBucket]] = []
+        ascents = {}
         for device in devices:
             backend = backends.load(self._backend, device)
             here = [entries for (d, _), entries in members.items() if d == device]
-            self._ascents[device] = Ascent(device, dtype, len(groups), len(here))
+            ascents[device] = Ascent(device, dtype, len(groups), len(here))
             for index, entries in enumerate(here):
                 params, indices, names = zip(*entries, strict=True)
-                self.buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
-        self._options = None
+                buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
+        self.buckets, self._ascents, self._slotless, self._options = buckets, ascents, slotless, None
 
     def _set_options(self, groups: list[Group]) -> None:
         rho = [host_value(group["rho"]) for group in groups]

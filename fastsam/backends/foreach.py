@@ -20,6 +20,7 @@ combine = reference.combine
 
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
+    bucket.saved.zero_()
     norms: list[Tensor] = []
     for group, weights, grads in _by_group(bucket):
         terms = grads
@@ -40,9 +41,13 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     """Saves w, then w <- w + e_w."""
+    live = bucket.live_weights()
+    if not live:  # torch._foreach_* take no empty list
+        return
     backup = bucket.allocate_backup()
-    torch._foreach_copy_(bucket.live_views(backup), bucket.live_weights())
+    torch._foreach_copy_(bucket.live_views(backup), live)
     bucket.backup = backup
+    bucket.saved.fill_(1)
     not_finite = ascent.norm.isfinite().logical_not()
     if bucket.device.type == "cpu" and not_finite:
         return

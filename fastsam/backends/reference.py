@@ -29,6 +29,7 @@ def chunk_size(numel: int) -> int:
 
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
+    bucket.saved.zero_()
     square_sum = torch.zeros_like(ascent.square_sums[bucket.index])
     for group, w, g in bucket.terms():
         term = g
@@ -54,6 +55,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     for view, w in zip(bucket.live_views(backup), bucket.live_weights(), strict=True):
         view.copy_(w)
     bucket.backup = backup
+    bucket.saved.fill_(1)
     finite = ascent.norm.isfinite()
     for group, weight, g in bucket.terms():
         w = widen(weight)
