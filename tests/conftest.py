@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsam import backends
+
 STRICT = os.environ.get("CI") == "true"
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 
@@ -54,3 +56,20 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("no GPU")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` stands for every backend that serves CPU tensors, Triton's by its interpreter where that is on."""
+    if "backend" in metafunc.fixturenames:
+        names = ["reference", "foreach", "cpp"]
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            names.append("triton")
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = backends.missing(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param} is missing: {reason}")
+    return request.param
