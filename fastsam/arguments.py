@@ -121,6 +121,10 @@ def _bind_optimizer(
     return Arguments(base_optimizer, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
+for _bind in (_bind_class, _bind_optimizer):
+    _bind.__name__ = _bind.__qualname__ = "FusedSAM"  # what Python's own messages about a wrong call name
+
+
 def complete_group(group: Group, options: Group, steps: int) -> Group:
     """Adds to a param group what it lacks of FusedSAM's keys; returns it."""
     for key, value in options.items():

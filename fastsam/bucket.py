@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastsam.distributed import is_dtensor, local, local_grad
+
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 
 ALIGNMENT = 64
@@ -66,7 +68,7 @@ class ParameterBucket:
         chunk_size: elements in a chunk, by number of elements in the bucket.
 
     Attributes:
-        weights: what kernels write to: the parameters themselves, or their staged copies.
+        weights: what kernels write to: the parameters themselves, their local shards, or staged copies of these.
         grads: the gradients of the ascent under way (None: no gradient), from `gather` to `release`.
         chunks: int64 ``[n_chunks, 4]`` on the device: slot, length | group << 32, offset in the parameter, offset in
             the backup (both in elements); ordered by the last.
@@ -97,14 +99,16 @@ class ParameterBucket:
         self.index = index
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
-        self._sources = [p.data_ptr() for p in self.params]
-        _check_memory(self.params, self.names)
+        self._any_dtensor = any(map(is_dtensor, self.params))
+        shards = self._shards()
+        self._sources = [p.data_ptr() for p in shards]
+        _check_memory(shards, self.names)
 
-        dense = [_is_dense(p) for p in self.params]
+        dense = [_is_dense(p) for p in shards]
         self._staged = [i for i, d in enumerate(dense) if not d]
         self.weights = [
             p if d else p.detach().clone(memory_format=torch.contiguous_format)
-            for p, d in zip(self.params, dense, strict=True)
+            for p, d in zip(shards, dense, strict=True)
         ]
         self._layouts = [(w.dtype, w.shape, w.stride()) for w in self.weights]
         self._checked = False
@@ -124,7 +128,7 @@ class ParameterBucket:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
-        return [p.data_ptr() for p in self.params] != self._sources
+        return [p.data_ptr() for p in self._shards()] != self._sources
 
     def gather(self) -> None:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
@@ -133,31 +137,36 @@ class ParameterBucket:
             TypeError: a gradient is sparse, or of another dtype than its parameter.
             ValueError: a gradient is of another shape, or on another device, than its parameter.
         """
-        grads = [p.grad for p in self.params]
+        if self._any_dtensor:
+            grads = [local_grad(p, name) for p, name in zip(self.params, self.names, strict=True)]
+        else:
+            grads = [p.grad for p in self.params]
         if not (self._checked and self._laid_out(grads)):
             grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
             self._checked = True
         self.grads = grads
         self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         for i in self._staged:
-            self.weights[i].copy_(self.params[i])
+            self.weights[i].copy_(local(self.params[i]))
 
     def release(self) -> None:
         """Lets go of the gradients: only the ascent needs them."""
         self.grads = []
 
     def unstage(self) -> None:
-        """Brings what kernels wrote to staged copies to the parameters."""
+        """Brings what kernels wrote to the parameters: out of staged copies, and to the versions of DTensors."""
         for i in self._staged:
             if self.grad_table.pointers[i]:
-                self.params[i].copy_(self.weights[i])
+                local(self.params[i]).copy_(self.weights[i])
+        self._increment_versions()
 
     def restore_moved(self) -> None:
         """Restores parameters that got other memory, or another dtype, while they were perturbed."""
         if self.backup is None or not self.saved:  # kept from an earlier step
             return
         for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
-            self.params[i].copy_(view)
+            local(self.params[i]).copy_(view)
+        self._increment_versions()
 
     def live(self) -> list[int]:
         """The slots that had a gradient in the last ascent: those that are perturbed, and restored."""
@@ -181,6 +190,15 @@ class ParameterBucket:
     def allocate_backup(self) -> Tensor:
         """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""
         return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+
+    def _shards(self) -> list[Tensor]:
+        """The parameters as this rank has them. FSDP2 may give a parameter another shard, as `module.to` does."""
+        return [local(p) for p in self.params] if self._any_dtensor else self.params
+
+    def _increment_versions(self) -> None:
+        """Tells autograd, which looks at the version of a DTensor, of a write to its shard."""
+        if self._any_dtensor:
+            torch.autograd.graph.increment_version([self.params[i] for i in self.live()])
 
     def _laid_out(self, grads: list[Tensor | None]) -> bool:
         """Whether all gradients lie in memory as their parameters do."""
