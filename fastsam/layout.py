@@ -12,6 +12,7 @@ from fastsam import backends
 from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.distributed import Shardings
 
 __all__ = ["Layout"]
 
@@ -34,6 +35,8 @@ class Layout:
         self.buckets: list[tuple[backends.Backend, ParameterBucket]] = []
         self._backend = backend
         self._ascents: dict[torch.device, Ascent] = {}
+        self._shardings = Shardings([])
+        self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
         self._ids: list[list[int]] = []
         self._options: tuple[list[float | Tensor], list[float], list[bool]] | None = None
@@ -67,17 +70,22 @@ class Layout:
             self._ids = ids
         for _, bucket in self.buckets:
             bucket.gather()
-        if not any(g is not None for _, bucket in self.buckets for g in bucket.grads):
-            raise RuntimeError(
-                "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure "
-                "that computes the loss and calls backward()"
-            )
+        sharded = len(self._shardings) > 1
+        no_gradient = not any(g is not None for _, bucket in self.buckets for g in bucket.grads)
+        if no_gradient and not sharded:
+            raise _no_gradient_error()
         self._set_options(groups)
-        alone = len(self.buckets) == 1
+        alone = len(self.buckets) == 1 and not sharded
         for backend, bucket in self.buckets:
             backend.norm(bucket, self._ascents[bucket.device], alone)
-        if not alone:
-            self._combine()
+        if alone:
+            return
+        if sharded or len(self._ascents) > 1:
+            total = self._total()
+            # The other ranks wait for this one in the sum, so it takes part before it complains.
+            if no_gradient and total == 0:
+                raise _no_gradient_error()
+        self._combine()
 
     def perturb(self) -> None:
         """w <- w + e_w, by the last `measure`."""
@@ -98,7 +106,8 @@ class Layout:
 
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str]]] = {}
+        members: dict[tuple[torch.device, torch.dtype, int], list[tuple[Tensor, int, str]]] = {}
+        shardings = Shardings(p for group in groups for p in group["params"])
         slotless = []
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
@@ -108,21 +117,25 @@ class Layout:
                 name = parameter_name(group, i, j)
                 if p.dtype not in DTYPES:
                     raise TypeError(f"{name} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}")
-                members.setdefault((p.device, p.dtype), []).append((p, i, name))
-        self._warn_16_bit(members)
+                kind = (p.device, p.dtype, shardings.index(p, name))
+                members.setdefault(kind, []).append((p, i, name))
+        self._warn_16_bit([dtype for _, dtype, _ in members])
 
-        devices = list(dict.fromkeys(device for device, _ in members))
-        dtype = torch.float64 if any(dtype is torch.float64 for _, dtype in members) else torch.float32
+        devices = list(dict.fromkeys(device for device, _, _ in members))
+        dtype = torch.float64 if any(dtype is torch.float64 for _, dtype, _ in members) else torch.float32
         buckets: list[tuple[backends.Backend, ParameterBucket]] = []
+        sharding_of = []
         ascents = {}
         for device in devices:
             backend = backends.load(self._backend, device)
-            here = [entries for (d, _), entries in members.items() if d == device]
+            here = [(sharding, entries) for (d, _, sharding), entries in members.items() if d == device]
             ascents[device] = Ascent(device, dtype, len(groups), len(here))
-            for index, entries in enumerate(here):
+            for index, (sharding, entries) in enumerate(here):
                 params, indices, names = zip(*entries, strict=True)
+                sharding_of.append(sharding)
                 buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
         self.buckets, self._ascents, self._slotless, self._options = buckets, ascents, slotless, None
+        self._shardings, self._sharding_of = shardings, sharding_of
 
     def _set_options(self, groups: list[Group]) -> None:
         rho = [host_value(group["rho"]) for group in groups]
@@ -138,24 +151,29 @@ class Layout:
             ascent.set_groups(rho, epsilon, adaptive)
         self._options = None if on_device else options
 
+    def _total(self) -> Tensor:
+        """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
+        ascents = list(self._ascents.values())
+        first = ascents[0].square_sums if ascents else torch.zeros((), dtype=torch.float64)
+        sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
+        for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
+            sums[i] += self._ascents[bucket.device].square_sums[bucket.index].to(first.device)
+        total = self._shardings.reduce(sums)
+        for ascent in ascents:
+            ascent.square_sums.zero_()
+            ascent.square_sums[0].copy_(total)
+        return total
+
     def _combine(self) -> None:
-        """The norm over several buckets: the sums of all devices meet on the first."""
-        first, *others = self._ascents.values()
-        if others:
-            total = torch.stack(
-                [first.square_sums.sum(), *(a.square_sums.sum().to(first.device) for a in others)]
-            ).sum()
-            for ascent in self._ascents.values():
-                ascent.square_sums.zero_()
-                ascent.square_sums[0].copy_(total)
+        """norm and scale from the sums of squares, once a device."""
         combined = set()
         for backend, bucket in self.buckets:
             if bucket.device not in combined:
                 backend.combine(self._ascents[bucket.device])
                 combined.add(bucket.device)
 
-    def _warn_16_bit(self, members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int, str]]]) -> None:
-        short = [dtype for _, dtype in members if dtype in (torch.bfloat16, torch.float16)]
+    def _warn_16_bit(self, dtypes: list[torch.dtype]) -> None:
+        short = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
         if short and not self._warned:
             self._warned = True
             warnings.warn(
@@ -163,3 +181,10 @@ class Layout:
                 "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast.",
                 stacklevel=2,
             )
+
+
+def _no_gradient_error() -> RuntimeError:
+    return RuntimeError(
+        "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure that computes "
+        "the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
+    )
