@@ -1,0 +1,149 @@
+"""norm + perturb + restore, by everybody, on one list of parameters."""
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench.cases import Case
+from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, Contestant, Copy
+from bench.inputs import GRADIENT_SETS, Inputs, Setting, Turn, check
+from bench.measures import available_memory, count_launches, extra_memory
+from bench.results import Row
+from bench.timing import Samples, interleave, median_ratio, quartiles
+
+COPY = "copy"
+MEMORY_SHARE = 0.9
+WRONG = "wrong results"
+
+
+def memory_needed(case: Case, setting: Setting, kinds: Sequence[type[Contestant]]) -> int:
+    """Bytes for the weights, the gradients, the floor's copy, and what the contestants hold and allocate."""
+    lists = 1 + GRADIENT_SETS + Copy.held + sum(kind.held for kind in kinds)
+    # The check holds the saved weights besides.
+    temporary = 1 + max(kind.temporary for kind in kinds)
+    return case.numel * setting.dtype.itemsize * (lists + temporary)
+
+
+def no_room(case: Case, setting: Setting, names: Sequence[str]) -> str | None:
+    """Why `case` cannot be measured here with the contestants `names`; None where it can."""
+    needed = memory_needed(case, setting, [CONTESTANTS[name] for name in names])
+    available = available_memory(setting.device)
+    if needed <= MEMORY_SHARE * available:
+        return None
+    return f"with these contestants it needs {needed / 1e9:.1f} GB of memory; {available / 1e9:.1f} GB are free"
+
+
+def enter(kind: type[Contestant], inputs: Inputs, setting: Setting) -> tuple[Contestant, Row]:
+    """Builds a contestant and checks it; also what it allocates at the most and launches in a step."""
+    params = inputs.parameters(kind)
+    contestant: Contestant | None = None
+
+    def two_steps() -> None:
+        nonlocal contestant
+        contestant = kind(params, inputs.rho, setting.adaptive)
+        turn = Turn(contestant, inputs.gradients)
+        for i in range(2):
+            turn.prepare(i)
+            turn.run()
+
+    extra = extra_memory(two_steps, setting.device)
+    assert contestant is not None
+    check(contestant, inputs.gradients[0])
+    found: Row = {"extra_bytes": extra}
+    if setting.device.type == "cuda":
+        found["launches"] = count_launches(contestant.run)
+    return contestant, found
+
+
+def measure(
+    case: Case,
+    setting: Setting,
+    names: Sequence[str],
+    *,
+    seconds: float,
+    on_turn: Callable[[str], None] = lambda name: None,
+) -> list[Row]:
+    """Checks the contestants `names` on `case`, then times them in turn.
+
+    Returns:
+        A row for each. One that could not be measured says why under "left_out".
+    """
+    reason = no_room(case, setting, names)
+    if reason is not None:
+        return [describe(case, setting, name) | {"left_out": reason} for name in names]
+    if setting.device.type == "cpu":
+        torch.set_num_threads(setting.threads)
+    inputs = Inputs(case, setting)
+    turns: dict[str, Turn] = {}
+    found: dict[str, Row] = {COPY: {}}
+    for name in names:
+        on_turn(f"checking {name}")
+        try:
+            contestant, found[name] = enter(CONTESTANTS[name], inputs, setting)
+        except ArithmeticError as error:
+            found[name] = {"left_out": f"{WRONG}: {error}"}
+        except Exception as error:
+            found[name] = {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        else:
+            turns[name] = Turn(contestant, inputs.gradients, first=len(turns))
+    copy = Copy(case.numel, setting.dtype, setting.device)
+    samples = interleave({COPY: copy, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
+    gc.collect()
+    for name in samples:
+        found[name] |= figures(case, setting, name, samples)
+    return [describe(case, setting, name) | figures_found for name, figures_found in found.items()]
+
+
+def describe(case: Case, setting: Setting, name: str) -> Row:
+    """What was measured; `key` tells it from every other measurement on this device."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    form = "adaptive" if setting.adaptive else "plain"
+    threads = setting.threads if setting.device.type == "cpu" else 0
+    return {
+        "key": "/".join(["step", case.name, dtype, form, f"threads{threads}", name]),
+        "suite": "step",
+        "case": case.name,
+        "title": case.title,
+        "kind": case.kind,
+        "tensors": len(case.shapes),
+        "numel": case.numel,
+        "dtype": dtype,
+        "adaptive": setting.adaptive,
+        "threads": threads,
+        "contestant": name,
+    }
+
+
+def describe_times(samples: Samples) -> Row:
+    """Quartiles in microseconds, [first, median, third]."""
+    found: Row = {"rounds": len(samples.wall), "wall_us": microseconds(samples.wall)}
+    if samples.device:
+        found["device_us"] = microseconds(samples.device)
+    return found
+
+
+def microseconds(seconds: Sequence[float]) -> list[float]:
+    return [round(value * 1e6, 2) for value in quartiles(seconds)]
+
+
+def figures(case: Case, setting: Setting, name: str, samples: dict[str, Samples]) -> Row:
+    """Times of contestant `name` and what follows from them. Ratios are taken within a round, then their median."""
+    own, copy = samples[name].best, samples[COPY].best
+    row = describe_times(samples[name])
+    passes = Copy.passes if name == COPY else CONTESTANTS[name].passes
+    if passes is not None:
+        moved = passes[setting.adaptive] * case.numel * setting.dtype.itemsize
+        row["bytes"] = moved
+        row["gb_per_s"] = round(moved / quartiles(own)[1] / 1e9, 3)
+        row["share_of_copy_bandwidth"] = round(passes[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
+    if name == COPY:
+        return row
+    row["share_of_floor"] = round(FLOOR_PASSES[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
+    if name.startswith(FASTSAM):
+        others = [other for other in samples if other not in (name, COPY)]
+        row["speedup_over"] = {other: round(median_ratio(samples[other].best, own), 3) for other in others}
+        if samples[name].device:
+            wall = samples[name].wall
+            row["wall_speedup_over"] = {o: round(median_ratio(samples[o].wall, wall), 3) for o in others}
+    return row
