@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastsam.device import capturing, upload
 from fastsam.distributed import is_dtensor, local, local_grad
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
@@ -24,10 +25,13 @@ ALIGNMENT = 64
 class PointerTable:
     """Addresses of tensors, where kernels find them; written only when one of them changed.
 
+    A CUDA graph gets a table of its own, in its memory pool, which it writes at every replay from addresses that are
+    baked into its kernels: so no later step changes what a graph reads, and no replay what a later step reads.
+
     Attributes:
         pointers: the addresses as the host knows them; 0 says that there is no tensor.
         tensor: the same, int64 ``[n]`` on the device.
-        refreshes: how often the table was written.
+        refreshes: how often a table was written.
     """
 
     def __init__(self, pointers: list[int], device: torch.device) -> None:
@@ -36,17 +40,24 @@ class PointerTable:
         # A view of the host's array: on CPU it is the table itself.
         self._view = torch.frombuffer(self._host, dtype=torch.int64)
         self.tensor = self._view if device.type == "cpu" else self._view.to(device)
+        self._eager, self._eager_pointers = self.tensor, pointers
         self.refreshes = 1
 
     def update(self, pointers: list[int]) -> None:
         """Writes `pointers` when they differ from those of the last call; as many as at construction."""
-        if pointers == self.pointers:
-            return
-        self._host[:] = array("q", pointers)
-        if self.tensor is not self._view:
-            self.tensor.copy_(self._view)
+        if capturing(self._eager.device):
+            self.tensor = torch.zeros_like(self._eager)
+            torch._foreach_add_(self.tensor.unbind(), pointers)
+            self.refreshes += 1
+        else:
+            self.tensor = self._eager
+            if pointers != self._eager_pointers:
+                self._host[:] = array("q", pointers)
+                if self.tensor is not self._view:
+                    upload(self.tensor, self._view)
+                self._eager_pointers = pointers
+                self.refreshes += 1
         self.pointers = pointers
-        self.refreshes += 1
 
 
 class ParameterBucket:
@@ -76,12 +87,13 @@ class ParameterBucket:
         numel: size of the backup, in elements.
         weight_table: addresses of `weights`.
         grad_table: addresses of the gradients of the last ascent; it tells what a restore has to restore.
-        partials: one partial sum of squares a chunk, float64 (float32 where there is no float64), for kernels.
+        partials: room for a partial sum of squares of each chunk, float64 (float32 where there is none), for kernels.
+        counter: int32 0-d on the device: 0, but while a norm kernel counts in it which of its blocks is the last.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
         saved: int32 0-d on the device, 1 once `backup` holds the weights of this step; norm writes 0, perturb 1.
 
     Raises:
-        RuntimeError: a parameter has no memory.
+        RuntimeError: a parameter has no memory; a CUDA graph is being captured.
         ValueError: two parameters, or two elements of one, share memory.
     """
 
@@ -93,6 +105,11 @@ class ParameterBucket:
         index: int,
         chunk_size: Callable[[int], int],
     ) -> None:
+        if capturing(params[0].device):
+            raise RuntimeError(
+                "the parameters that have gradients are not those of the last step, and a CUDA graph is being "
+                "captured: take a step with these before the capture"
+            )
         self.params = list(params)
         self.groups = list(groups)
         self.names = list(names)
@@ -121,7 +138,8 @@ class ParameterBucket:
         self.weight_table = PointerTable(pointers, self.device)
         self.grad_table = PointerTable([0] * len(pointers), self.device)
         sums = torch.float32 if self.device.type == "mps" else torch.float64
-        self.partials = torch.zeros(len(chunks), dtype=sums, device=self.device)
+        self.partials = torch.zeros(max(1, len(chunks)), dtype=sums, device=self.device)
+        self.counter = torch.zeros((), dtype=torch.int32, device=self.device)
         self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
@@ -191,6 +209,12 @@ class ParameterBucket:
         """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""
         return torch.empty(self.numel, dtype=self.dtype, device=self.device)
 
+    def free_backup(self) -> None:
+        """Lets go of the backup: its memory is used again only after what the current stream has still to do."""
+        if self.backup is not None and self.backup.is_cuda:
+            self.backup.record_stream(torch.cuda.current_stream(self.device))  # perturb may have run on another one
+        self.backup = None
+
     def _shards(self) -> list[Tensor]:
         """The parameters as this rank has them. FSDP2 may give a parameter another shard, as `module.to` does."""
         return [local(p) for p in self.params] if self._any_dtensor else self.params
@@ -240,14 +264,19 @@ class ParameterBucket:
         return torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
 
 
-def flatten_(params: Sequence[Tensor]) -> None:
+def flatten_(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Moves parameters, of one device and dtype, into one flat buffer, in place: they become views of it.
 
     Values, shapes and strides stay; addresses change once. Parameters with gaps or without elements are left alone.
 
     Args:
         params: the parameters.
+        names: what each is called in an error message.
+
+    Raises:
+        RuntimeError, ValueError: as ParameterBucket: flattening would part what shares memory.
     """
+    _check_memory(params, names)
     movable = [p for p in params if p.numel() and _is_dense(p)]
     if not movable:
         return

@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast, overload
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp
-from fastsam.arguments import COUNTER, OPTIONS, ContextFactory, bind, check_group, complete_group
+from fastsam.arguments import COUNTER, OPTIONS, ContextFactory, bind, check_group, complete_group, parameter_name
 from fastsam.bucket import flatten_
 from fastsam.checkpoint import to_base_state_dict
+from fastsam.distributed import is_dtensor, local
 from fastsam.freshness import StaleGradients
 from fastsam.layout import Layout
 
@@ -26,6 +27,8 @@ __all__ = ["FusedSAM"]
 
 Closure = Callable[[], Any]
 Group = dict[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _State:
@@ -158,7 +161,7 @@ class FusedSAM(Optimizer):
             }
         )
         if self.flatten_parameters:
-            _flatten(self._parameters())
+            _flatten(self.param_groups)
 
     # -- the base optimizer's own --------------------------------------------------------------------------------------
 
@@ -216,6 +219,7 @@ class FusedSAM(Optimizer):
             ValueError: an option in a param group is out of range; a gradient does not fit its parameter.
         """
         self._require_idle("first_step()")
+        self._complete_groups()
         if not self._is_sam_step():
             return False
         self._perturb()
@@ -237,7 +241,6 @@ class FusedSAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One whole step with a closure; without one, what `second_step` does.
@@ -256,6 +259,7 @@ class FusedSAM(Optimizer):
                 used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
+        self._complete_groups()
         if closure is None and not self._state.perturbed and self._is_state_initialisation():
             self.base_optimizer.step()
             return None
@@ -272,6 +276,11 @@ class FusedSAM(Optimizer):
             group[COUNTER] += 1
         self._mark_stale()
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
+        """What torch puts around `step` to run the hooks; torch.compile stays out of it too, for one graph break."""
+        return _disable_dynamo(Optimizer.profile_hook_step(func))
 
     @_disable_dynamo
     @torch.no_grad()
@@ -291,6 +300,7 @@ class FusedSAM(Optimizer):
         """Leaves no perturbation behind, whatever happened in the block."""
         self.restore()
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as the base optimizer does.
 
@@ -317,11 +327,11 @@ class FusedSAM(Optimizer):
         self.base_optimizer.add_param_group(complete_group(dict(param_group), options, groups[0][COUNTER]))
         try:
             check_group(groups, len(groups) - 1)
+            if self.flatten_parameters:
+                _flatten(groups, len(groups) - 1)
         except BaseException:
             groups.pop()
             raise
-        if self.flatten_parameters:
-            _flatten(groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict; its groups hold rho, epsilon, adaptive and the count of steps too.
@@ -442,7 +452,17 @@ class FusedSAM(Optimizer):
                 return False
             if lr != 0:
                 return False
-        return not any(p.grad.any() for p in self._parameters() if p.grad is not None)
+        return not any(local(p.grad).any() for p in self._parameters() if p.grad is not None)
+
+    def _complete_groups(self) -> None:
+        """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
+        groups = self.param_groups
+        if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
+            options = {key: self.defaults[key] for key in OPTIONS}
+            steps = max(group.get(COUNTER, 0) for group in groups)
+            for i, group in enumerate(groups):
+                complete_group(group, options, steps)
+                check_group(groups, i)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -473,12 +493,17 @@ def _notify_zero_grad(base: Optimizer, sam: FusedSAM) -> None:
     base.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
-def _flatten(params: list[Tensor]) -> None:
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        by_kind.setdefault((p.device, p.dtype), []).append(p)
+def _flatten(groups: list[Group], first: int = 0) -> None:
+    """Makes the parameters of the groups from `first` on views of one flat buffer for each device and dtype."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str]]] = {}
+    for i in range(first, len(groups)):
+        for j, p in enumerate(groups[i]["params"]):
+            if is_dtensor(p):
+                raise ValueError("flatten_parameters can't move DTensors, which belong to FSDP2 or tensor parallelism")
+            by_kind.setdefault((p.device, p.dtype), []).append((p, parameter_name(groups[i], i, j)))
     for alike in by_kind.values():
-        flatten_(alike)
+        params, names = zip(*alike, strict=True)
+        flatten_(params, names)
 
 
 def _or(result: Any, default: Any) -> Any:
