@@ -26,7 +26,7 @@ def check_scaler(scaler: GradScaler | None) -> None:
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:
     """The scale that the gradients carry now, a copy, 0-d, on the scaler's device; None where it isn't known."""
-    scale = None if scaler is None else scaler._get_scale_async()
+    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
     return None if scale is None else scale.clone()
 
 
@@ -122,5 +122,7 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
 
 
 def _is_unscaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
-    state = None if scaler is None else scaler._per_optimizer_states.get(id(optimizer))
+    if scaler is None or not scaler.is_enabled():
+        return False
+    state = scaler._per_optimizer_states.get(id(optimizer))
     return state is not None and state["stage"] is OptState.UNSCALED
