@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp, backends
+from fastsam.distributed import is_fsdp1
 
 __all__ = [
     "COUNTER",
@@ -137,7 +138,8 @@ def check_group(groups: list[Group], i: int) -> None:
     """Checks the options and parameters of param group i.
 
     Raises:
-        TypeError: an option of the wrong type; a parameter that takes a gradient and is complex or integer.
+        TypeError: an option of the wrong type; a parameter that takes a gradient and is complex or integer; one of
+            FullyShardedDataParallel's.
         ValueError: an option out of range; a parameter that is there twice.
     """
     check_options(groups[i], f" of param group {i}")
@@ -146,6 +148,11 @@ def check_group(groups: list[Group], i: int) -> None:
         if p.requires_grad and p.dtype not in DTYPES:
             raise TypeError(
                 f"{parameter_name(groups[i], i, j)} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}"
+            )
+        if is_fsdp1(p):
+            raise TypeError(
+                f"{parameter_name(groups[i], i, j)} belongs to FullyShardedDataParallel, whose shards look like whole "
+                "tensors, so the norm over all ranks can't be known; use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if id(p) in seen:
             raise ValueError(f"{parameter_name(groups[i], i, j)} is in the group twice; give each parameter once")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-__all__ = ["Shardings", "is_dtensor", "local", "local_grad"]
+__all__ = ["Shardings", "is_dtensor", "is_fsdp1", "local", "local_grad"]
 
 
 def is_dtensor(t: Tensor) -> TypeIs[DTensor]:
@@ -28,6 +28,11 @@ def is_dtensor(t: Tensor) -> TypeIs[DTensor]:
     # Where nobody has imported the module there are none; importing it takes 0.4 s.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
+
+
+def is_fsdp1(p: Tensor) -> bool:
+    """Whether p is a parameter of FullyShardedDataParallel: a shard that looks like a whole tensor."""
+    return getattr(p, "_fsdp_flattened", False)
 
 
 def local(t: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from fastsam.distributed import local
+
 __all__ = ["StaleGradients"]
 
 
@@ -21,7 +23,7 @@ class StaleGradients:
 
     def mark(self, params: Iterable[Tensor]) -> None:
         """Marks what gradients there are as stale."""
-        self._known = {id(g): (weakref.ref(g), g._version) for p in params if (g := p.grad) is not None}
+        self._known = {id(g): (weakref.ref(g), _version(g)) for p in params if (g := p.grad) is not None}
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
@@ -29,4 +31,9 @@ class StaleGradients:
 
     def _is_fresh(self, g: Tensor) -> bool:
         known = self._known.get(id(g))
-        return known is None or known[0]() is not g or known[1] != g._version
+        return known is None or known[0]() is not g or known[1] != _version(g)
+
+
+def _version(g: Tensor) -> int:
+    """Of a DTensor also its shard's: FSDP2 accumulates into the shard, torch's own ops into the DTensor."""
+    return g._version if type(g) is Tensor else g._version + local(g)._version
