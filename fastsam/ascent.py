@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 from torch import Tensor
+
+from fastsam.device import capturing, upload
 
 __all__ = ["Ascent"]
 
@@ -47,13 +47,21 @@ class Ascent:
             rho: a float or a 0-d tensor for each group; a tensor is copied at every call, without a synchronisation.
             epsilon: a float for each group.
             adaptive: a bool for each group.
+
+        Raises:
+            RuntimeError: a float or bool changed since the last call, and a CUDA graph is being captured.
         """
         on_device = [(i, r) for i, r in enumerate(rho) if isinstance(r, Tensor)]
         host = ([0.0 if isinstance(r, Tensor) else r for r in rho], epsilon, adaptive)
         if host != self._host:
-            self.rho.copy_(torch.frombuffer(array("d", host[0]), dtype=torch.float64))
-            self.epsilon.copy_(torch.frombuffer(array("d", epsilon), dtype=torch.float64))
-            self.adaptive.copy_(torch.tensor(adaptive))
+            if capturing(self.device):
+                raise RuntimeError(
+                    "rho, epsilon or adaptive changed between the last step and the capture of a CUDA graph: take a "
+                    "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
+                )
+            upload(self.rho, torch.tensor(host[0], dtype=self.dtype))
+            upload(self.epsilon, torch.tensor(epsilon, dtype=self.dtype))
+            upload(self.adaptive, torch.tensor(adaptive, dtype=torch.int32))
             self.groups_adaptive = tuple(adaptive)
             self._host = host
         for i, r in on_device:
