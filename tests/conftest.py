@@ -67,6 +67,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Generator[None, None, None]:
+    """In steps as small as the tests', threads would only wait for each other; test_norm.py takes more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     reason = backends.missing(request.param)
