@@ -113,8 +113,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=0.1,
         metavar="RHO",
-        help="in the comparison of intervals, rho is this times the interval (default %(default)s: with 0.2, interval=10 "
-        "would have rho=2, by which this network learns nothing)",
+        help="in the comparison of intervals, rho is this times the interval (default %(default)s: at 0.2, interval=10 "
+        "would have rho=2, with which this network learns nothing)",
     )
     default = Path("fastsam-demo.png")
     add("--output", type=Path, default=default, metavar="PATH", help="the PNG to write (default %(default)s)")
