@@ -94,15 +94,24 @@ class Layout:
             bucket.unstage()
             bucket.release()
 
-    def restore(self) -> None:
-        """w <- saved w, bit for bit, wherever the last `perturb` got to."""
+    def restore(self, *, again: bool = False) -> None:
+        """w <- saved w, bit for bit, wherever the last `perturb` got to.
+
+        Args:
+            again: keep what a second restore needs. A signal handler may restore while `perturb` is under way, which
+                then goes on writing.
+        """
         for backend, bucket in self.buckets:
+            backup = bucket.backup
             if bucket.moved():
                 bucket.restore_moved()
             else:
                 backend.restore(bucket)
                 bucket.unstage()
-            bucket.release()
+            if again:
+                bucket.backup = backup
+            else:
+                bucket.release()
 
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}

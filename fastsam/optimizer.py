@@ -36,6 +36,7 @@ class _State:
 
     def __init__(self, backend: str | None) -> None:
         self.perturbed = False
+        self.perturbing = False
         self.layout = Layout(backend)
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
@@ -423,21 +424,23 @@ class FusedSAM(Optimizer):
         state.loss_scale = amp.loss_scale(self.grad_scaler)
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
         # Buckets know themselves how far perturb got.
-        state.perturbed = True
+        state.perturbed = state.perturbing = True
         try:
             state.layout.perturb()
+            if not state.perturbed:
+                raise RuntimeError("restore() was called, by a signal handler, while first_step() was under way")
         except BaseException:
-            self._restore()
-            raise
-        if not state.perturbed:
             state.layout.restore()
-            raise RuntimeError("restore() was called, by a signal handler, while first_step() was under way")
+            state.perturbed = False
+            raise
+        finally:
+            state.perturbing = False
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
 
     def _restore(self) -> None:
         if self._state.perturbed:
-            self._state.layout.restore()
+            self._state.layout.restore(again=self._state.perturbing)
             self._state.perturbed = False
             torch.clear_autocast_cache()
 
