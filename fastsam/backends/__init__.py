@@ -1,7 +1,7 @@
 """Backends: norm, perturb and restore of one bucket, four files of one signature. This module picks one.
 
-A backend module offers what `Backend` names. It knows buckets and the scalars of an ascent, and nothing of optimizers
-or of other backends.
+A backend module offers what `Backend` names, and may have an ``obstacle()`` that says why what could be imported cannot
+serve here. It knows buckets and the scalars of an ascent, and nothing of optimizers or of other backends.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
@@ -18,11 +19,12 @@ from fastsam.bucket import ParameterBucket
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "default", "load", "missing"]
 
-BACKENDS = ("cpp", "foreach", "reference")
+BACKENDS = ("triton", "cpp", "foreach", "reference")
 """Names, best first."""
 
-_DEVICES = {"cpp": "cpu"}
-"""The only device type that a backend serves; those not named serve any."""
+_DEVICES = {"triton": "cuda", "cpp": "cpu"}
+"""The only device type that a backend serves; those not named serve any. Under TRITON_INTERPRET=1 Triton serves CPU
+tensors instead, slowly: for tests, and never by default."""
 
 _MODULES = {"cpp": "native"}
 """The file of a backend, where its name is not the backend's."""
@@ -51,7 +53,7 @@ def available_backends() -> tuple[str, ...]:
     """The names of the backends that work in this process, best first.
 
     Returns:
-        Some of ``("cpp", "foreach", "reference")``.
+        Some of ``("triton", "cpp", "foreach", "reference")``.
     """
     return tuple(name for name in BACKENDS if missing(name) is None)
 
@@ -64,15 +66,17 @@ def missing(name: str) -> str | None:
         name: one of `BACKENDS`.
     """
     try:
-        _module(name)
+        module = _module(name)
     except ImportError as error:
         return str(error)
-    return None
+    obstacle: Callable[[], str | None] | None = getattr(module, "obstacle", None)
+    return obstacle() if obstacle is not None else None
 
 
 def default(device: torch.device) -> str:
     """The name of the backend that is used for a device when none is asked for."""
-    return next(name for name in BACKENDS if _DEVICES.get(name, device.type) == device.type and missing(name) is None)
+    names = [name for name in BACKENDS if _DEVICES.get(name, device.type) == device.type == _device_type(name, device)]
+    return next(name for name in names if missing(name) is None)
 
 
 def load(name: str | None, device: torch.device) -> Backend:
@@ -89,8 +93,9 @@ def load(name: str | None, device: torch.device) -> Backend:
     if name is None:
         name = os.environ.get("FASTSAM_BACKEND") or default(device)
     check_name(name)
-    if _DEVICES.get(name, device.type) != device.type:
-        raise ValueError(f"backend {name!r} serves {_DEVICES[name]} tensors, but a parameter is on {device}")
+    device_type = _device_type(name, device)
+    if device_type != device.type:
+        raise ValueError(f"backend {name!r} serves {device_type} tensors, but a parameter is on {device}")
     reason = missing(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is missing: {reason}")
@@ -101,6 +106,13 @@ def check_name(name: str) -> None:
     """Raises a ValueError that lists the backends, unless `name` is one of them."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
+
+
+def _device_type(name: str, device: torch.device) -> str:
+    """The device type that a backend serves: the one of `device` where it serves any."""
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    return _DEVICES.get(name, device.type)
 
 
 def _module(name: str) -> Backend:
