@@ -73,6 +73,7 @@ class Fastsam(Contestant):
 
     held = 1
     norm_error = 2e-6
+    passes = FLOOR_PASSES
     backend: ClassVar[str]
 
     def __init__(self, params: Sequence[nn.Parameter], rho: float, adaptive: bool) -> None:
@@ -90,8 +91,9 @@ def fastsam_contestants() -> dict[str, type[Contestant]]:
     """One for each backend that works in this process, "fastsam-cpp" and so on."""
     kinds: dict[str, type[Contestant]] = {}
     for backend in fastsam.available_backends():
-        fused = backend not in ("foreach", "reference")
-        members = {"backend": backend, "passes": FLOOR_PASSES if fused else None, "temporary": 0 if fused else 1}
+        members: dict[str, Any] = {"backend": backend}
+        if backend in ("foreach", "reference"):
+            members |= {"held": 0, "temporary": 2, "passes": None}
         kinds[FASTSAM + backend] = type(f"Fastsam_{backend}", (Fastsam,), members)
     return kinds
 

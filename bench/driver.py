@@ -1,7 +1,6 @@
 """Runs what was asked for on one device, keeps each measurement as soon as it is made, and says what was left out."""
 
 import argparse
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import plan, results, step_suite, training_suite
 from bench.cases import all_cases
-from bench.measures import device_name, environment
+from bench.measures import device_name, environment, free_memory
 from bench.results import Row
 from bench.small_models import MODELS
 
@@ -39,9 +38,10 @@ class Reporter:
             self.drawn = time.monotonic()
 
 
-def step_jobs(device: torch.device, options: argparse.Namespace, usable: list[str]) -> Iterator[tuple[str, Job]]:
+def step_jobs(
+    device: torch.device, options: argparse.Namespace, usable: list[str], max_threads: int
+) -> Iterator[tuple[str, Job]]:
     """(label, what to call) for each case and setting of the step suite."""
-    max_threads = os.cpu_count() or 1
     chosen = plan.Options(options.dtype, options.form, options.threads)
     for case in all_cases().values():
         if options.cases is not None and case.name not in options.cases:
@@ -53,12 +53,12 @@ def step_jobs(device: torch.device, options: argparse.Namespace, usable: list[st
             yield f"{case.name}, {setting}", job
 
 
-def training_jobs(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+def training_jobs(device: torch.device, options: argparse.Namespace, max_threads: int) -> Iterator[tuple[str, Job]]:
     """The same for the training suite, with all cores."""
     for name in MODELS:
         if options.cases is not None and name not in options.cases:
             continue
-        threads = max(options.threads or [os.cpu_count() or 1])
+        threads = max(options.threads or [max_threads])
         yield f"training {name}", partial(training_suite.measure, name, threads, device, seconds=2 * options.seconds)
 
 
@@ -67,8 +67,9 @@ def run(device: torch.device, options: argparse.Namespace, console: Console) -> 
     warnings.filterwarnings("ignore", message="FusedSAM perturbs torch")
     reasons = plan.unusable(options.contestants, device)
     usable = [name for name in options.contestants if name not in reasons]
-    jobs = list(step_jobs(device, options, usable)) if "step" in options.suite else []
-    jobs += training_jobs(device, options) if "training" in options.suite else []
+    max_threads = torch.get_num_threads()
+    jobs = list(step_jobs(device, options, usable, max_threads)) if "step" in options.suite else []
+    jobs += training_jobs(device, options, max_threads) if "training" in options.suite else []
     path = output_path(device, options)
     about = environment(device)
     console.print(f"{about['device']}: {len(jobs)} measurements of up to {len(usable)} contestants, into {path}")
@@ -80,6 +81,7 @@ def run(device: torch.device, options: argparse.Namespace, console: Console) -> 
             for label, job in jobs:
                 reporter.label = label
                 rows = job(on_turn=reporter.turn)
+                free_memory(device)
                 results.save(path, [row | about for row in rows])
                 measured += sum("left_out" not in row for row in rows)
                 left_out += [f"{label}: {row['contestant']}: {row['left_out']}" for row in rows if "left_out" in row]
@@ -88,6 +90,8 @@ def run(device: torch.device, options: argparse.Namespace, console: Console) -> 
         except KeyboardInterrupt:
             console.print(f"interrupted in {reporter.label}; what was measured before is kept")
             status = INTERRUPTED
+        finally:
+            torch.set_num_threads(max_threads)
     for line in left_out:
         console.print(f"left out: {line}", highlight=False, markup=False)
     console.print(f"{measured} rows in {path}, a table in {path.with_suffix('.md')}")

@@ -64,8 +64,7 @@ def best_backend(rows: Sequence[Row]) -> str | None:
 
 
 def setting_line(row: Row) -> str:
-    threads = f", {row['threads']} threads" if row["threads"] else ""
-    return f"{row['device']}{threads}, {row['dtype']}\n{row['versions']}"
+    return f"{row['device']}, {results.setting_of(row)}\n{row['versions']}"
 
 
 def new_figure(title: str, row: Row, size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -150,7 +149,7 @@ def share_of_bandwidth(rows: Sequence[Row]) -> Figure | None:
     models = models_of(rows)
     if not models:
         return None
-    title = "Share of the floor: 28 bytes a parameter at the bandwidth of a plain copy"
+    title = "How close to the floor: norm + perturb + restore"
     figure, axes = new_figure(title, rows[0], (8, 0.5 * len(models) + 1.8))
     for name, (label, colour) in draws(rows).items():
         points = [
@@ -165,7 +164,7 @@ def share_of_bandwidth(rows: Sequence[Row]) -> Figure | None:
     axes.set_yticks(range(len(models)), [name.replace("\n", ", ") for name in models])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("per cent of the floor's speed (to the right is better)")
+    axes.set_xlabel("% of the speed of the floor: 28 bytes a parameter at copy speed (right is better)")
     axes.grid(color="0.92")
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -177,7 +176,7 @@ def cost_of_interval(rows: Sequence[Row]) -> Figure | None:
         return None
     figure, axes = new_figure("Cost of a training step with SAM, over the base optimizer's", rows[0], (7.5, 4.6))
     intervals = (1, 2, 5, 10)
-    axes.plot(intervals, [1 + 1 / k for k in intervals], "k--", linewidth=1, label="two gradients every interval steps")
+    axes.plot(intervals, [1 + 1 / k for k in intervals], "k--", linewidth=1, label="cost of the second gradient alone")
     for i, ((title,), found) in enumerate(results.groups(rows, "title").items()):
         ratio = {row["contestant"]: row["ratio_to_base"] for row in found}
         colour = ("#d1495b", "#edae49", "#00798c", "#2e4057")[i % 4]

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 
 from torch import Tensor, nn
+
+from fastsam.demo.training import network
 
 
 class SmallResNet(nn.Module):
@@ -41,20 +45,6 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
-def digits_cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
-
-
 @dataclass(frozen=True)
 class Model:
     title: str
@@ -62,8 +52,19 @@ class Model:
     batch: tuple[int, ...]
 
 
+def installed_models() -> dict[str, Model]:
+    """A real model, where a package that defines one is installed and fits this torch."""
+    try:
+        from torchvision.models import resnet18
+    except (ImportError, RuntimeError):
+        return {}
+    title = f"torchvision {version('torchvision')}'s ResNet-18, 16 images 3x64x64"
+    return {"torchvision-resnet18": Model(title, resnet18, (16, 3, 64, 64))}
+
+
 MODELS = {
-    "digits-cnn": Model("small CNN, 64 images 1x8x8", digits_cnn, (64, 1, 8, 8)),
+    "digits-cnn": Model("the demo's CNN, 64 images 1x8x8", partial(network, seed=0), (64, 1, 8, 8)),
     "mlp": Model("MLP, 128 vectors of 784", mlp, (128, 784)),
     "small-resnet": Model("small ResNet, 64 images 3x32x32", SmallResNet, (64, 3, 32, 32)),
+    **installed_models(),
 }

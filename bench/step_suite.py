@@ -1,6 +1,5 @@
 """norm + perturb + restore, by everybody, on one list of parameters."""
 
-import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,15 +83,14 @@ def measure(
         except ArithmeticError as error:
             found[name] = {"left_out": f"{WRONG}: {error}"}
         except Exception as error:
-            found[name] = {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            found[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
         else:
             turns[name] = Turn(contestant, inputs.gradients, first=len(turns))
     copy = Copy(case.numel, setting.dtype, setting.device)
     samples = interleave({COPY: copy, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
-    gc.collect()
     for name in samples:
         found[name] |= figures(case, setting, name, samples)
-    return [describe(case, setting, name) | figures_found for name, figures_found in found.items()]
+    return [describe(case, setting, name) | found[name] for name in found]
 
 
 def describe(case: Case, setting: Setting, name: str) -> Row:

@@ -4,8 +4,6 @@ Compare two states of the code by `--benchmark-autosave` and `pytest-benchmark c
 turns: for ratios between them use `python -m bench`.
 """
 
-import os
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -26,7 +24,7 @@ USABLE = {
 @pytest.fixture(scope="module", params=[(device, name) for device in DEVICES for name in CASES], ids="-".join)
 def inputs(request: pytest.FixtureRequest) -> tuple[Case, Setting, Inputs]:
     device, name = request.param
-    setting = Setting(torch.float32, False, os.cpu_count() or 1, torch.device(device))
+    setting = Setting(torch.float32, False, torch.get_num_threads(), torch.device(device))
     return all_cases()[name], setting, Inputs(all_cases()[name], setting)
 
 
@@ -35,7 +33,6 @@ def test_step(benchmark: BenchmarkFixture, inputs: tuple[Case, Setting, Inputs],
     case, setting, data = inputs
     if name not in USABLE[setting.device.type]:
         pytest.skip(f"{name} does not run on {setting.device}")
-    torch.set_num_threads(setting.threads)
     contestant = CONTESTANTS[name](data.parameters(CONTESTANTS[name]), data.rho, setting.adaptive)
     check(contestant, data.gradients[0])
     turn = Turn(contestant, data.gradients)

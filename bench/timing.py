@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 
 L2_FLUSH_BYTES = 256 * 2**20
-MAX_SLEEP_CYCLES = 200_000_000  # 0.1 s: the longest head start for the host
+CYCLES_PER_SECOND = 2e9  # of a GPU, at the most
+MAX_HEAD_START = 0.1  # seconds
 
 
 class Timed(Protocol):
@@ -53,7 +54,6 @@ class CudaClock:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
-        self.clock_hz = torch.cuda.get_device_properties().clock_rate * 1e3
 
     def measure(self, contestant: Timed, turn: int, samples: Samples) -> None:
         contestant.prepare(turn)
@@ -67,7 +67,7 @@ class CudaClock:
 
         contestant.prepare(turn)
         self.flush.zero_()
-        torch.cuda._sleep(min(int(1.5 * wall * self.clock_hz), MAX_SLEEP_CYCLES))
+        torch.cuda._sleep(int(min(1.5 * wall, MAX_HEAD_START) * CYCLES_PER_SECOND))
         self.start.record()
         contestant.run()
         self.end.record()
