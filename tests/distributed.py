@@ -138,7 +138,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def assert_same_bits(t: Tensor, group: torch.distributed.ProcessGroup | None = None) -> None:
     """t is the same on all ranks of the group."""
-    bits = t.detach().contiguous().view(torch.uint8)
+    bits = t.detach().reshape(-1).view(torch.uint8)
     others = [torch.empty_like(bits) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(others, bits, group=group)
     assert all(torch.equal(bits, other) for other in others)
