@@ -127,7 +127,9 @@ class ParameterBucket:
             p if d else p.detach().clone(memory_format=torch.contiguous_format)
             for p, d in zip(shards, dense, strict=True)
         ]
-        self._layouts = [(w.dtype, w.shape, w.stride()) for w in self.weights]
+        self._layouts = _layouts(self.weights)
+        self._views = [(shape, stride) for _, shape, stride in self._layouts]
+        self._laid_out_for = _layouts(self._shards())
         self._checked = False
 
         pointers = [w.data_ptr() for w in self.weights]
@@ -148,8 +150,11 @@ class ParameterBucket:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
         return [p.data_ptr() for p in self._shards()] != self._sources
 
-    def gather(self) -> None:
+    def gather(self) -> bool:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
+
+        Returns:
+            False, and nothing is done, when a parameter has its memory still, or again, but another dtype or shape.
 
         Raises:
             TypeError: a gradient is sparse, or of another dtype than its parameter.
@@ -159,13 +164,16 @@ class ParameterBucket:
             grads = [local_grad(p, name) for p, name in zip(self.params, self.names, strict=True)]
         else:
             grads = [p.grad for p in self.params]
-        if not (self._checked and self._laid_out(grads)):
+        if not (self._checked and self._fit(grads)):
+            if _layouts(self._shards()) != self._laid_out_for:
+                return False
             grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
             self._checked = True
         self.grads = grads
         self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         for i in self._staged:
             self.weights[i].copy_(local(self.params[i]))
+        return True
 
     def release(self) -> None:
         """Lets go of the gradients: only the ascent needs them."""
@@ -200,10 +208,8 @@ class ParameterBucket:
         return [w for w, pointer in zip(self.weights, self.grad_table.pointers, strict=True) if pointer]
 
     def live_views(self, backup: Tensor) -> list[Tensor]:
-        """For every live slot its range of `backup`, in the weight's shape and strides."""
-        return [
-            backup.as_strided(self.weights[i].shape, self.weights[i].stride(), self.offsets[i]) for i in self.live()
-        ]
+        """For every live slot its range of `backup`, in the shape and strides that the weight had when it was saved."""
+        return [backup.as_strided(*self._views[i], self.offsets[i]) for i in self.live()]
 
     def allocate_backup(self) -> Tensor:
         """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""
@@ -224,7 +230,7 @@ class ParameterBucket:
         if self._any_dtensor:
             torch.autograd.graph.increment_version([self.params[i] for i in self.live()])
 
-    def _laid_out(self, grads: list[Tensor | None]) -> bool:
+    def _fit(self, grads: list[Tensor | None]) -> bool:
         """Whether all gradients lie in memory as their parameters do."""
         try:
             return self._layouts == [
@@ -285,6 +291,10 @@ def flatten_(params: Sequence[Tensor], names: Sequence[str]) -> None:
     flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
     for p, offset in zip(movable, offsets, strict=True):
         p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
+    return [(t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _is_dense(t: Tensor) -> bool:

@@ -68,8 +68,10 @@ class Layout:
         ):
             self._lay_out(groups)
             self._ids = ids
-        for _, bucket in self.buckets:
-            bucket.gather()
+        if not all(bucket.gather() for _, bucket in self.buckets):
+            self._lay_out(groups)
+            for _, bucket in self.buckets:
+                bucket.gather()
         sharded = len(self._shardings) > 1
         no_gradient = not any(g is not None for _, bucket in self.buckets for g in bucket.grads)
         if no_gradient and not sharded:

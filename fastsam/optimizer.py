@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp
-from fastsam.arguments import COUNTER, OPTIONS, ContextFactory, bind, check_group, complete_group, parameter_name
+from fastsam.arguments import (
+    COUNTER,
+    OPTIONS,
+    ContextFactory,
+    bind,
+    check_group,
+    check_options,
+    complete_group,
+    parameter_name,
+)
 from fastsam.bucket import flatten_
 from fastsam.checkpoint import to_base_state_dict
 from fastsam.distributed import is_dtensor, local
@@ -280,8 +289,23 @@ class FusedSAM(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
-        """What torch puts around `step` to run the hooks; torch.compile stays out of it too, for one graph break."""
-        return _disable_dynamo(Optimizer.profile_hook_step(func))
+        """What torch puts around `step` to run the hooks; the global ones are left to the base optimizer's step.
+
+        torch.compile stays out of it too, for one graph break.
+        """
+
+        @functools.wraps(func)
+        def step(*args: P.args, **kwargs: P.kwargs) -> R:
+            sam = cast(FusedSAM, args[0])
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(sam).__name__}.step"):
+                for pre_hook in sam._optimizer_step_pre_hooks.values():
+                    args, kwargs = _or(pre_hook(sam, args, kwargs), (args, kwargs))
+                out = func(*args, **kwargs)
+                for post_hook in sam._optimizer_step_post_hooks.values():
+                    post_hook(sam, args, kwargs)
+                return out
+
+        return _disable_dynamo(step)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -364,8 +388,12 @@ class FusedSAM(Optimizer):
         self._require_idle("load_state_dict()")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(pre_hook(self, state_dict), state_dict)
+        self._complete_groups()
         before = [{key: group[key] for key in (*OPTIONS, COUNTER)} for group in self.param_groups]
-        self.base_optimizer.load_state_dict(to_base_state_dict(state_dict))
+        state_dict = to_base_state_dict(state_dict)
+        for i, (options, saved) in enumerate(zip(before, state_dict["param_groups"], strict=False)):
+            check_options({**options, **saved}, f" of param group {i} of the state dict")
+        self.base_optimizer.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, before, strict=True):
             if isinstance(rho := options["rho"], Tensor) and "rho" in group:
                 with torch.no_grad():
@@ -415,6 +443,8 @@ class FusedSAM(Optimizer):
             self.zero_grad()
         with torch.enable_grad():
             closure()
+        if not self._state.perturbed:
+            raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss
 
     def _perturb(self) -> None:

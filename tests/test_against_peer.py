@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from oracle import same_bits
 from pytorch_optimizer import SAM
 from torch import nn
 
 from fastsam import FusedSAM
+from tests.oracle import same_bits
 
 STEPS = 20
 

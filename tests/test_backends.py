@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, copies, norm64, perturbed, same_bits
 from torch import nn
 
 from fastsam import FusedSAM
+from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, copies, norm64, perturbed, same_bits
 
 CHUNK = 16384
 SIZES = {

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracle import DTYPES, copies, same_bits
 from torch import nn
 
 from fastsam import FusedSAM
+from tests.oracle import DTYPES, copies, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import NORM_TOLERANCE, copies, norm64, same_bits
 from torch import nn
 
 from fastsam import FusedSAM
+from tests.oracle import NORM_TOLERANCE, copies, norm64, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
 

@@ -1,0 +1,167 @@
+"""interval: step k, from 0, is a SAM step when (k + 1) % interval == 0; the others are the base optimizer's."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import FusedSAM
+from tests.oracle import same_bits
+
+
+def make(backend, interval):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    sam = FusedSAM(
+        model.parameters(),
+        torch.optim.SGD,
+        rho=0.5,
+        interval=interval,
+        backend=backend,
+        lr=0.1,
+        momentum=0.9,
+        **options,
+    )
+    return model, sam
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def backward(model, i):
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(i))
+    loss = model(x).pow(4).mean()
+    loss.backward()
+    return loss
+
+
+def two_calls(model, sam, i):
+    sam.zero_grad()
+    backward(model, i)
+    if sam.first_step(zero_grad=True):
+        backward(model, i)
+        kind = "sam"
+    else:
+        kind = "plain"
+    sam.second_step()
+    return kind
+
+
+def closure(model, sam, i):
+    passes = []
+
+    def run():
+        sam.zero_grad()
+        passes.append(sam.perturbed)
+        return backward(model, i)
+
+    loss = sam.step(run)
+    assert isinstance(loss, torch.Tensor)
+    return {(False,): "plain", (False, True): "sam"}[tuple(passes)]
+
+
+def closure_after_backward(model, sam, i):
+    passes = []
+
+    def run():
+        passes.append(sam.perturbed)
+        return backward(model, i)
+
+    sam.zero_grad()
+    backward(model, i)
+    assert sam.step(run) is None
+    return {(): "plain", (True,): "sam"}[tuple(passes)]
+
+
+FORMS = [two_calls, closure, closure_after_backward]
+
+
+def expected_step(model, base, i, is_sam, rho=0.5):
+    """The step by plain torch."""
+    params = list(model.parameters())
+    base.zero_grad()
+    backward(model, i)
+    if is_sam:
+        before = weights(model)
+        norm = torch.cat([p.grad.flatten() for p in params]).norm(dtype=torch.float64).float()
+        with torch.no_grad():
+            for p in params:
+                p.add_(p.grad * (1 / (norm + 1e-12) * rho))
+        base.zero_grad()
+        backward(model, i)
+        with torch.no_grad():
+            for p, w in zip(params, before, strict=True):
+                p.copy_(w)
+    base.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_which_steps_are_sam_steps(backend, interval, form):
+    model, sam = make(backend, interval)
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    base = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for k in range(7):
+        is_sam = (k + 1) % interval == 0
+        assert form(model, sam, k) == ("sam" if is_sam else "plain")
+        expected_step(twin, base, k, is_sam)
+        torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-6)
+        if k + 1 < interval:
+            assert same_bits(weights(model), weights(twin))
+
+
+def test_first_step_keeps_gradients_on_a_plain_step():
+    model, sam = make(None, 2)
+    backward(model, 0)
+    grads = [p.grad.clone() for p in model.parameters()]
+    before = weights(model)
+    assert sam.first_step(zero_grad=True) is False
+    assert not sam.perturbed
+    assert same_bits([p.grad for p in model.parameters()], grads)
+    assert same_bits(weights(model), before)
+    assert sam.grad_norm is None
+
+
+def test_first_step_may_be_left_out_on_a_plain_step():
+    model, sam = make(None, 2)
+    backward(model, 0)
+    before = weights(model)
+    sam.step()
+    assert not same_bits(weights(model), before)
+    with pytest.raises(RuntimeError, match="first_step"):
+        sam.step()
+
+
+def test_stale_gradients_are_not_stepped_by_on_a_plain_step():
+    model, sam = make(None, 3)
+    assert closure(model, sam, 0) == "plain"
+    assert closure(model, sam, 1) == "plain"
+
+
+def test_a_step_that_raised_or_was_given_up_is_not_counted():
+    model, sam = make(None, 2)
+    two_calls(model, sam, 0)
+    for _ in range(2):
+        sam.zero_grad()
+        backward(model, 1)
+        assert sam.first_step() is True
+        sam.restore()
+
+        def failing():
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            sam.step(failing)
+    assert two_calls(model, sam, 2) == "sam"
+    assert two_calls(model, sam, 3) == "plain"
+
+
+def test_a_group_that_comes_later_keeps_the_count():
+    model, sam = make(None, 2)
+    two_calls(model, sam, 0)
+    extra = nn.Parameter(torch.ones(2))
+    sam.add_param_group({"params": [extra]})
+    extra.grad = torch.ones(2)
+    assert two_calls(model, sam, 1) == "sam"
+    assert two_calls(model, sam, 2) == "plain"
