@@ -57,18 +57,18 @@ def local_grad(p: Tensor, name: str) -> Tensor | None:
     g = p.grad
     if g is None:
         return None
-    if is_dtensor(p) != is_dtensor(g):
+    if is_dtensor(p) and is_dtensor(g):
+        if g.placements != p.placements:
+            g = g.redistribute(placements=p.placements)
+        # Where a collective is still under way, the shard is a stand-in without memory of its own.
+        shard: Tensor = g._local_tensor
+        return shard if type(shard) is Tensor else torch.ops._c10d_functional.wait_tensor(shard)
+    if is_dtensor(p) or is_dtensor(g):
         raise TypeError(
             f"the gradient of {name} is a {type(g).__name__} but the parameter is a {type(p).__name__}; clear the "
             "gradients after sharding the model"
         )
-    if not (is_dtensor(p) and is_dtensor(g)):
-        return g
-    if g.placements != p.placements:
-        g = g.redistribute(placements=p.placements)
-    shard: Tensor = g._local_tensor
-    # A collective that is still under way hides behind a tensor without memory.
-    return shard if type(shard) is Tensor else torch.ops._c10d_functional.wait_tensor(shard)
+    return g
 
 
 class Shardings:

@@ -204,6 +204,32 @@ def test_infinite_gradient_of_one_shard_perturbs_no_rank(value):
     on_ranks(4, check_infinite_shard, value)
 
 
+def check_loss_scale(base: str) -> None:
+    """The second gradient of one shard overflows: no rank steps, and the scale is lowered on all."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    model = shard(make_model(torch.float32), make_mesh("4"))
+    sam = make_sam(model, base, grad_scaler=scaler)
+    for overflows in (False, True, False):
+        w = shards(model).clone()
+        data = batch(0, dist.get_rank(), torch.float32)
+        scaler.scale(loss_of(model, data)).backward()
+        g = flat([p.grad.full_tensor() for p in model.parameters()]) / scaler.get_scale()
+        sam.first_step(zero_grad=True)
+        torch.testing.assert_close(sam.grad_norm, g.norm())
+        scaler.scale(loss_of(model, data)).backward()
+        if overflows and dist.get_rank() == 2:
+            model[0].bias.grad.to_local()[0] = torch.inf
+        scaler.step(sam)
+        scaler.update()
+        assert torch.equal(shards(model), w) == overflows
+    assert scaler.get_scale() == 4
+
+
+@pytest.mark.parametrize("base", ["momentum", "adamw"])
+def test_overflow_of_one_shard_skips_the_step_on_every_rank(base):
+    on_ranks(4, check_loss_scale, base)
+
+
 def check_rank_without_gradients() -> None:
     model = shard(make_model(), make_mesh("4"))
     sam = make_sam(model, "momentum")
@@ -423,6 +449,21 @@ def check_mixed_placements(adaptive: bool, backend: str) -> None:
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_every_placement_in_one_optimizer(adaptive, backend):
     on_ranks(4, check_mixed_placements, adaptive, backend)
+
+
+def check_gradient_under_way() -> None:
+    mesh = make_mesh("2")
+    p = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+    partial = DTensor.from_local(torch.tensor([0.0, 1.0, 2.0]), mesh, [Partial()])
+    p.grad = partial.redistribute(placements=[Replicate()], async_op=True)
+    assert p.grad._local_tensor.data_ptr() == 0
+    sam = FusedSAM([p], torch.optim.SGD, rho=RHO, lr=0.1)
+    sam.first_step()
+    torch.testing.assert_close(p.to_local().detach(), 1 + RHO * torch.tensor([0.0, 1.0, 2.0]) / 5**0.5)
+
+
+def test_gradient_whose_collective_is_under_way_is_waited_for():
+    on_ranks(2, check_gradient_under_way)
 
 
 # -- tensor parallelism ------------------------------------------------------------------------------------------------
