@@ -205,9 +205,9 @@ def test_draw_uses_one_scale(tmp_path):
 
 
 def test_command_prints_the_tables_and_writes_the_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "QUICK", demo.Size(seeds=2, timing_rounds=2, surface_points=5))
+    monkeypatch.setattr(demo, "QUICK", demo.Size(seeds=2, epochs=1, timing_rounds=2, surface_points=5))
     path = tmp_path / "demo.png"
-    demo.main(["--quick", "--epochs", "1", "--output", str(path)])
+    demo.main(["--quick", "--output", str(path)])
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
     assert sum("SAM, rho=0.2" in line for line in printed.splitlines()) == 2

@@ -48,15 +48,16 @@ SGD = Method()
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. The trainings themselves are the same."""
+    """How much is computed."""
 
     seeds: int
+    epochs: int
     timing_rounds: int
     surface_points: int  # along each direction; odd, so that the middle one is w
 
 
-FULL = Size(seeds=8, timing_rounds=60, surface_points=31)
-QUICK = Size(seeds=2, timing_rounds=20, surface_points=15)
+FULL = Size(seeds=8, epochs=30, timing_rounds=60, surface_points=31)
+QUICK = Size(seeds=2, epochs=25, timing_rounds=20, surface_points=13)
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "minima.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer seeds, shorter timing, a coarser picture; the same training")
-    add(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help=f"trainings of each kind (default {FULL.seeds}, with --quick {QUICK.seeds})",
-    )
-    add("--epochs", type=int, default=30, metavar="N", help="of each training (default %(default)s)")
+    add("--quick", action="store_true", help="fewer seeds and epochs, shorter timing, a coarser picture")
+    for name, what in (("seeds", "trainings of each kind"), ("epochs", "length of each training")):
+        full, quick = getattr(FULL, name), getattr(QUICK, name)
+        add(f"--{name}", type=int, metavar="N", help=f"{what} (default {full}, with --quick {quick})")
     add("--rho", type=float, default=0.2, help="SAM's radius (default %(default)s)")
     add(
         "--interval-rho",
@@ -120,9 +117,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=default, metavar="PATH", help="the PNG to write (default %(default)s)")
     options = parser.parse_args(arguments)
     options.size = QUICK if options.quick else FULL
-    if options.seeds is None:
-        options.seeds = options.size.seeds
     for name in ("seeds", "epochs"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(options.size, name))
         if (count := getattr(options, name)) < 1:
             parser.error(f"--{name} is {count}: at least 1 is needed")
     for name in ("rho", "interval_rho"):
