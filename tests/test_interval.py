@@ -11,16 +11,8 @@ from tests.oracle import same_bits
 def make(backend, interval):
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    sam = FusedSAM(
-        model.parameters(),
-        torch.optim.SGD,
-        rho=0.5,
-        interval=interval,
-        backend=backend,
-        lr=0.1,
-        momentum=0.9,
-        **options,
-    )
+    options = {"rho": 0.5, "interval": interval, "backend": backend, "lr": 0.1, "momentum": 0.9}
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, **options)
     return model, sam
 
 

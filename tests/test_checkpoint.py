@@ -1,0 +1,289 @@
+"""State dicts: FusedSAM's own, plain ones, other SAM optimizers', and copies by pickle and deepcopy."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from pytorch_optimizer import SAM
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from fastsam import FusedSAM
+from tests.oracle import copies, same_bits
+
+ADAMW = {"lr": 0.01, "weight_decay": 0.1}
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def make(model, base=torch.optim.AdamW, **options):
+    return FusedSAM(model.parameters(), base, **{**ADAMW, "rho": 0.3, **options})
+
+
+def backward(model, i=0):
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(i)).to(dtype)
+    loss = model(x).pow(2).mean()
+    loss.backward()
+    return loss
+
+
+def train(model, sam, steps, start=0):
+    for i in range(start, start + steps):
+        sam.zero_grad()
+        backward(model, i)
+        if sam.first_step(zero_grad=True):
+            backward(model, i)
+        sam.second_step(zero_grad=True)
+
+
+def saved_and_loaded(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def moments(optimizer, params):
+    return [optimizer.state[p][key] for p in params for key in ("exp_avg", "exp_avg_sq", "step")]
+
+
+def test_holds_the_base_optimizers_state_and_the_options():
+    model = make_model()
+    sam = make(model, rho=torch.tensor(0.3), adaptive=True, interval=2)
+    train(model, sam, 3)
+    state_dict = saved_and_loaded(sam.state_dict())
+    assert set(state_dict) == {"state", "param_groups"}
+    assert set(state_dict["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    (group,) = state_dict["param_groups"]
+    assert group["lr"] == 0.01
+    assert group["adaptive"] is True
+    assert group["epsilon"] == 1e-12
+    assert torch.equal(group["rho"], torch.tensor(0.3))
+    assert group["sam_step"] == 3
+
+
+def test_loading_changes_what_training_does_and_nothing_else():
+    """Saved options win over those of the construction; the dict that was given stays as it was."""
+    model, other = make_model(), make_model()
+    sam = make(model, rho=0.7, adaptive=True)
+    train(model, sam, 3)
+    state_dict = sam.state_dict()
+    kept = copy.deepcopy(state_dict)
+    loaded = make(other, rho=0.1)
+    loaded.load_state_dict(state_dict)
+    other.load_state_dict(model.state_dict())
+    assert loaded.param_groups[0]["rho"] == 0.7
+    assert loaded.param_groups[0]["adaptive"] is True
+    assert state_dict["param_groups"] == kept["param_groups"]
+    for i, entry in kept["state"].items():
+        assert all(torch.equal(state_dict["state"][i][key], value) for key, value in entry.items())
+    loaded.load_state_dict(kept)  # torch keeps the tensors that it is given: let the two not share them
+    train(other, loaded, 2, start=3)
+    train(model, sam, 2, start=3)
+    assert same_bits(list(other.parameters()), list(model.parameters()))
+
+
+def test_plain_state_dicts_both_ways():
+    """From a run without SAM to one with, and back."""
+    model = make_model()
+    params = list(model.parameters())
+    plain = torch.optim.AdamW(params, **ADAMW)
+    for i in range(3):
+        plain.zero_grad()
+        backward(model, i)
+        plain.step()
+    sam = make(model, rho=0.3, interval=2)
+    sam.load_state_dict(saved_and_loaded(plain.state_dict()))
+    assert same_bits(moments(sam, params), moments(plain, params))
+    assert sam.param_groups[0]["rho"] == 0.3
+    train(model, sam, 2)
+    back = torch.optim.AdamW(params, **ADAMW)
+    back.load_state_dict(saved_and_loaded(sam.state_dict()))
+    assert same_bits(moments(back, params), moments(sam, params))
+    backward(model)
+    back.step()
+
+
+def test_plain_state_dict_loaded_past_fused_sam():
+    """By whoever knows the base optimizer only: FusedSAM's options are completed from its own arguments."""
+    model = make_model()
+    sam = make(model, rho=0.3, adaptive=True, interval=2)
+    plain = torch.optim.AdamW(make_model().parameters(), **ADAMW)
+    sam.base_optimizer.load_state_dict(plain.state_dict())
+    train(model, sam, 2)
+    assert sam.param_groups[0]["rho"] == 0.3
+    assert sam.param_groups[0]["adaptive"] is True
+    assert sam.param_groups[0]["sam_step"] == 2
+
+
+@pytest.mark.parametrize("mid_step", [False, True])
+def test_state_dict_of_pytorch_optimizers_sam(mid_step):
+    model, twin = make_model(), make_model()
+    peer = SAM(twin.parameters(), torch.optim.AdamW, rho=0.2, adaptive=True, **ADAMW)
+    for i in range(3):
+        backward(twin, i)
+        peer.first_step(zero_grad=True)
+        backward(twin, i)
+        peer.second_step(zero_grad=True)
+    if mid_step:
+        backward(twin)
+        peer.first_step(zero_grad=True)
+    state_dict = saved_and_loaded(peer.state_dict())
+    assert ("old_p" in state_dict["state"][0]) is mid_step
+    sam = make(model)
+    sam.load_state_dict(state_dict)
+    params = list(model.parameters())
+    assert same_bits(moments(sam, params), moments(peer, list(twin.parameters())))
+    assert set(sam.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert sam.param_groups[0]["rho"] == 0.2
+    assert sam.param_groups[0]["adaptive"] is True
+    train(model, sam, 2)
+
+
+@pytest.mark.parametrize("kept", ["old_p", "e_w"])
+def test_state_dict_of_davda54_or_composer(kept):
+    """Theirs holds a copy of the weights (old_p), or the perturbation (e_w), and no state of the base optimizer."""
+    model = make_model()
+    options = {"old_p": {"rho": 0.2, "adaptive": False}, "e_w": {"rho": 0.2, "epsilon": 1e-10}}[kept]
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict()
+    state_dict = {
+        "state": {i: {kept: torch.ones_like(p)} for i, p in enumerate(model.parameters())},
+        "param_groups": [{**plain["param_groups"][0], **options}],
+    }
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5)
+    sam.load_state_dict(saved_and_loaded(state_dict))
+    assert not sam.state
+    assert sam.param_groups[0]["rho"] == 0.2
+    assert sam.param_groups[0]["epsilon"] == options.get("epsilon", 1e-12)
+    assert sam.param_groups[0]["lr"] == 0.1
+    train(model, sam, 2)
+    assert set(sam.state[model[0].weight]) == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
+def test_state_follows_the_dtype_of_the_parameters(dtype):
+    model, other = make_model(), make_model(dtype)
+    sam, loaded = make(model), make(other)
+    train(model, sam, 2)
+    loaded.load_state_dict(sam.state_dict())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert loaded.state[q]["exp_avg"].dtype is dtype
+        torch.testing.assert_close(loaded.state[q]["exp_avg"], sam.state[p]["exp_avg"].to(dtype))
+        assert torch.equal(loaded.state[q]["step"], sam.state[p]["step"])
+        assert loaded.state[q]["step"].dtype is torch.float32
+    train(other, loaded, 1)
+
+
+def test_tensor_rho_keeps_its_identity():
+    model = make_model()
+    rho = torch.tensor(0.1)
+    sam = make(model, rho=rho)
+    for saved in (0.4, torch.tensor(0.5)):
+        state_dict = sam.state_dict()
+        state_dict["param_groups"][0]["rho"] = saved
+        sam.load_state_dict(state_dict)
+        assert sam.param_groups[0]["rho"] is rho
+        assert float(rho) == pytest.approx(float(saved))
+    sam.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    assert sam.param_groups[0]["rho"] is rho
+    assert float(rho) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rho": -1.0}, ValueError, "rho of param group 0 of the state dict"),
+        ({"epsilon": "small"}, TypeError, "epsilon of param group 0 of the state dict"),
+        ({"adaptive": None}, TypeError, "adaptive of param group 0 of the state dict"),
+        ({"params": [0]}, ValueError, "doesn't match the size"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(change, error, message):
+    model = make_model()
+    rho = torch.tensor(0.25)
+    sam = make(model, rho=rho)
+    train(model, sam, 1)
+    wrong = sam.state_dict()
+    wrong["param_groups"] = [{**wrong["param_groups"][0], "rho": 0.75, "lr": 5.0, **change}]
+    with pytest.raises(error, match=message):
+        sam.load_state_dict(wrong)
+    assert sam.param_groups[0]["lr"] == 0.01
+    assert sam.param_groups[0]["rho"] is rho
+    assert float(rho) == 0.25
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        sam.load_state_dict({**wrong, "param_groups": []})
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("form", ["class", "optimizer"])
+def test_copies_train_on_by_themselves(how, form, backend):
+    model = make_model()
+    options = {"rho": 0.3, "adaptive": True, "interval": 3, "backend": backend, "flatten_parameters": True}
+    if form == "class":
+        sam = make(model, **options)
+    else:
+        sam = FusedSAM(torch.optim.AdamW(model.parameters(), **ADAMW), **options)
+    train(model, sam, 4)
+    twin, copied = COPIES[how]((model, sam))
+    assert copied.param_groups[0]["params"][0] is twin[0].weight
+    assert same_bits(list(twin.parameters()), list(model.parameters()))
+    before = copies(model.parameters())
+    train(twin, copied, 5, start=4)
+    assert same_bits(list(model.parameters()), before)
+    train(model, sam, 5, start=4)
+    assert same_bits(list(twin.parameters()), list(model.parameters()))
+    assert type(copied.base_optimizer) is torch.optim.AdamW
+    # zero_grad of the copy's base optimizer still says what is stale
+    backward(twin)
+    copied.base_optimizer.zero_grad(set_to_none=False)
+    passes = []
+    copied.step(lambda: passes.append(1) or backward(twin))
+    assert len(passes) == 1  # step 9, from 0, is plain: a fresh gradient would have been used as it is
+
+
+def test_copies_leave_the_context_and_scaler_behind():
+    model = make_model()
+    sam = make(model, first_pass_context=torch.no_grad, grad_scaler=torch.amp.GradScaler("cpu"))
+    for copied in (copy.deepcopy(sam), pickle.loads(pickle.dumps(sam))):
+        assert copied.first_pass_context is None
+        assert copied.grad_scaler is None
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_distributed_checkpoint_initialises_state(base):
+    """torch.distributed.checkpoint calls step() with zero gradients and lr 0: no step, and no gradient is marked."""
+    model, other = make_model(), make_model()
+    options = {"lr": 0.01, "interval": 2, "rho": 0.3}
+    sam = FusedSAM(model.parameters(), base, **options)
+    before = copies(model.parameters())
+    state_dict = get_optimizer_state_dict(model, sam)
+    assert same_bits(copies(model.parameters()), before)
+    assert sam.param_groups[0]["sam_step"] == 0
+    assert sam.param_groups[0]["lr"] == 0.01
+
+    train(model, sam, 3)
+    backward(model)
+    state_dict = copy.deepcopy(get_optimizer_state_dict(model, sam))
+    assert sam.param_groups[0]["sam_step"] == 3
+    ran = []
+    sam.step(lambda: ran.append(sam.perturbed) or backward(model))
+    assert ran == [True]  # the gradients from before the save are fresh still
+    saved = [v for entry in state_dict["state"].values() for v in entry.values() if v is not None]
+
+    other.load_state_dict(model.state_dict())
+    loaded = FusedSAM(other.parameters(), base, **options)
+    set_optimizer_state_dict(other, loaded, state_dict)
+    assert loaded.param_groups[0]["sam_step"] == 3
+    got = [v for p in other.parameters() for v in loaded.state[p].values() if v is not None]
+    assert same_bits(got, saved)
+    assert len(got) == (12 if base is torch.optim.AdamW else 0)
