@@ -6,7 +6,7 @@ statistics at w + e_w. Freeze them for one pass to count each batch once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -37,9 +37,7 @@ def enable_running_stats(model: nn.Module) -> None:
     Args:
         model: the same module, or a copy of it.
     """
-    for module in model.modules():
-        if _SAVED in module.__dict__:
-            module.momentum, module.track_running_stats = module.__dict__.pop(_SAVED)
+    _enable(model.modules())
 
 
 @contextmanager
@@ -59,8 +57,14 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in frozen:
-            enable_running_stats(module)
+        _enable(frozen)
+
+
+def _enable(modules: Iterable[nn.Module]) -> None:
+    """Thaws those of the modules that are frozen; not what is inside of them."""
+    for module in modules:
+        if _SAVED in module.__dict__:
+            module.momentum, module.track_running_stats = module.__dict__.pop(_SAVED)
 
 
 def _disable(model: nn.Module) -> list[_NormBase]:

@@ -228,7 +228,7 @@ def test_parameters_without_memory():
     p = nn.Parameter(torch.ones(2, device="meta"))
     sam = FusedSAM([p], torch.optim.SGD, backend="reference", lr=0.1)
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="parameter 0 .* has no memory .*meta"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 .* has no memory .*meta"):
         sam.first_step()
 
 
