@@ -269,11 +269,11 @@ class FusedSAM(Optimizer):
                 used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
-        self._complete_groups()
-        if closure is None and not self._state.perturbed and self._is_state_initialisation():
-            self.base_optimizer.step()
-            return None
         try:
+            self._complete_groups()
+            if closure is None and not self._state.perturbed and self._is_state_initialisation():
+                self.base_optimizer.step()
+                return None
             loss = self._run(closure)
             self._restore()
             amp.step(self.grad_scaler, self, self.base_optimizer)

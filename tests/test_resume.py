@@ -85,6 +85,7 @@ def test_torch_save_resumes_bit_for_bit(base: str, stop: int, tmp_path: Path) ->
     second.run(stop, STEPS)
 
     assert same_bits(second.tensors(), whole.tensors())
+    assert second.sam.param_groups[0]["sam_step"] == STEPS
     assert second.sam.param_groups[0]["lr"] == whole.sam.param_groups[0]["lr"]
     assert second.scaler.get_scale() == whole.scaler.get_scale()
 
