@@ -97,7 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in plot_all(options.files or sorted(results.RESULTS.glob("*.json")), options.output):
             console.print(f"wrote {path}")
         return 0
-    return max(driver.run(torch.device(name), options, console) for name in options.device)
+    status = 0
+    for name in options.device:
+        status = max(status, driver.run(torch.device(name), options, console))
+        if status == driver.INTERRUPTED:
+            break
+    return status
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def run(device: torch.device, options: argparse.Namespace, console: Console) -> 
                 free_memory(device)
                 results.save(path, [row | about for row in rows])
                 measured += sum("left_out" not in row for row in rows)
-                left_out += [f"{label}: {row['contestant']}: {row['left_out']}" for row in rows if "left_out" in row]
+                for (reason,), of_reason in results.groups((r for r in rows if "left_out" in r), "left_out").items():
+                    left_out.append(f"{label}: {', '.join(row['contestant'] for row in of_reason)}: {reason}")
                 reporter.progress.console.print(f"[green]done[/] {label}{summary(rows)}", highlight=False)
                 reporter.progress.advance(reporter.task)
         except KeyboardInterrupt:

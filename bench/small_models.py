@@ -58,8 +58,8 @@ def installed_models() -> dict[str, Model]:
         from torchvision.models import resnet18
     except (ImportError, RuntimeError):
         return {}
-    title = f"torchvision {version('torchvision')}'s ResNet-18, 16 images 3x64x64"
-    return {"torchvision-resnet18": Model(title, resnet18, (16, 3, 64, 64))}
+    title = f"torchvision {version('torchvision')}'s ResNet-18, 16 images 3x32x32"
+    return {"torchvision-resnet18": Model(title, resnet18, (16, 3, 32, 32))}
 
 
 MODELS = {

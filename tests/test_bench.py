@@ -153,7 +153,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, list[results.Row]]:
 
 def test_the_driver_keeps_one_row_a_measurement(tmp_path: Path) -> None:
     status, rows = run(
-        tmp_path, "--cases", "161x64", "mlp", "--contestants", "fastsam-cpp", "composer", "--threads", "1"
+        tmp_path, "--cases", "161x64", "digits-cnn", "--contestants", "fastsam-cpp", "composer", "--threads", "1"
     )
     assert status == 0
     step = {row["contestant"]: row for row in rows if row["suite"] == "step"}
@@ -222,14 +222,14 @@ def test_interrupting_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(driver.training_suite, "measure", interrupted)
-    status, rows = run(tmp_path, "--cases", "161x64", "mlp", "--contestants", "composer", "--threads", "1")
+    status, rows = run(tmp_path, "--cases", "161x64", "digits-cnn", "--contestants", "composer", "--threads", "1")
     assert status == driver.INTERRUPTED
     assert {row["contestant"] for row in rows} == {"copy", "composer"}
 
 
 def test_plots_are_drawn_from_the_results_alone(tmp_path: Path) -> None:
     status, rows = run(
-        tmp_path, "--cases", "161x64", "mlp", "--contestants", "fastsam-cpp", "foreach*", "--threads", "1"
+        tmp_path, "--cases", "161x64", "digits-cnn", "--contestants", "fastsam-cpp", "foreach*", "--threads", "1"
     )
     assert status == 0
     models = [row | {"kind": "model", "key": "m" + row["key"]} for row in rows if row["suite"] == "step"]
