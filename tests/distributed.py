@@ -3,6 +3,8 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 TIMEOUT = 60.0
 """Seconds for one check, and for starting the processes: what takes longer hangs, and is ended."""
 
+ROOT = Path(__file__).parent.parent
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 PRELOAD = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fastsam"]
 
 
@@ -79,9 +83,19 @@ def on_ranks(world_size: int, check: Callable[..., Any], *args: Any) -> list[Any
     return running[world_size].run(check, *args)
 
 
+def torchrun(example: str, *args: str) -> dict[str, str]:
+    """Runs a file of examples/ on 2 ranks, as its first lines say; gives the "name: value" lines that it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    command += [f"examples/{example}", *args]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    return dict(line.split(": ") for line in result.stdout.splitlines())
+
+
 def _serve(rank: int, world_size: int, store: Path, pipe: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
+    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     timeout = timedelta(seconds=TIMEOUT)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout

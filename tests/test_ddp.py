@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import PlainSAM, assert_same_bits, flat, on_ranks
+from distributed import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -211,6 +211,13 @@ def check_union_batch(micro_batches: int, two_calls: bool) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_synchronised_first_pass_equals_one_process_on_the_union_batch(world_size, micro_batches, two_calls):
     on_ranks(world_size, check_union_batch, micro_batches, two_calls)
+
+
+def test_example_learns_and_keeps_the_replicas_equal():
+    printed = torchrun("train_ddp.py")
+    for form in ("two calls", "closure"):
+        assert printed[f"{form}, replicas equal to the bit"] == "True"
+        assert float(printed[f"{form}, accuracy"]) > 0.85
 
 
 # -- without processes -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed import PlainSAM, assert_same_bits, flat, on_ranks
+from distributed import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -596,3 +596,9 @@ def test_checkpoint_of_4_ranks_resumes_on_4_and_on_2_between_sam_steps(base, tmp
     assert torch.equal(on_4, never_interrupted)
     on_2, *_ = on_ranks(2, check_load, base, tmp_path)
     torch.testing.assert_close(on_2, never_interrupted, rtol=1e-9, atol=1e-9)
+
+
+def test_example_learns_and_resumes(tmp_path):
+    printed = torchrun("train_fsdp2.py", str(tmp_path))
+    assert printed["steps"] == str(8 * 15)
+    assert float(printed["accuracy"]) > 0.85
