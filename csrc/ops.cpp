@@ -1,4 +1,5 @@
-// torch.ops.fastsam: the schemas, the checks of their arguments and, for CPU tensors, the calls. LibTorch stable ABI.
+// torch.ops.fastsam: the schemas and, for CPU tensors, the checks of their arguments and the calls; for CUDA tensors
+// those are in cuda/sam_cuda.cu, another library. LibTorch stable ABI.
 //
 // The ops are private to the package. They reach the weights through tables of addresses, a mutation that the schemas
 // cannot tell of, so they must not be traced.
@@ -12,24 +13,17 @@
 #include <cmath>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/sam_cpu.h"
 
 namespace {
 
 using fastsam::Chunk;
+using fastsam::data;
 using fastsam::cpu::Bucket;
 using fastsam::cpu::DType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename T>
-T* data(const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, "fastsam: ", name, " is of another dtype than expected");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "fastsam: ", name, " is not contiguous");
-  STD_TORCH_CHECK(tensor.numel() >= numel, "fastsam: ", name, " has ", tensor.numel(), " elements, but ", numel,
-                  " are needed");
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 DType dtype_of(ScalarType type) {
   switch (type) {
@@ -81,7 +75,8 @@ void combine(Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor
 }
 
 void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t index, bool last, Tensor partials,
-          Tensor adaptive, Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor scale, Tensor saved) {
+          Tensor adaptive, Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor scale, Tensor saved,
+          Tensor /* counter: CUDA's */) {
   const Bucket bucket = bucket_of(chunks, weights, grads, dtype);
   *data<int32_t>(saved, ScalarType::Int, 1, "saved") = 0;
   STD_TORCH_CHECK(index >= 0, "fastsam: index must be >= 0");
@@ -136,7 +131,7 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
       "norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int index, bool last, Tensor(a!) partials, "
       "Tensor adaptive, Tensor rho, Tensor epsilon, Tensor(b!) square_sums, Tensor(c!) norm, Tensor(d!) scale, "
-      "Tensor(e!) saved) -> ()");
+      "Tensor(e!) saved, Tensor(f!) counter) -> ()");
   m.def(
       "combine(Tensor rho, Tensor epsilon, Tensor square_sums, Tensor(a!) norm, Tensor(b!) scale) -> ()");
   m.def(

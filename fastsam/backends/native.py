@@ -48,6 +48,7 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
         ascent.norm,
         ascent.scale,
         bucket.saved,
+        bucket.counter,
     )
 
 
