@@ -71,8 +71,9 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
-    if bucket.backup is not None:
-        torch._foreach_copy_(bucket.live_weights(), bucket.live_views(bucket.backup))
+    backup = bucket.backup  # once: a signal handler may restore in between
+    if backup is not None:
+        torch._foreach_copy_(bucket.live_weights(), bucket.live_views(backup))
         bucket.backup = None
 
 

@@ -69,9 +69,10 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
-    if bucket.backup is None:
+    backup = bucket.backup  # once: a signal handler may restore in between
+    if backup is None:
         return
-    for w, view in zip(bucket.live_weights(), bucket.live_views(bucket.backup), strict=True):
+    for w, view in zip(bucket.live_weights(), bucket.live_views(backup), strict=True):
         w.copy_(view)
     bucket.backup = None
 
