@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastsam.distributed import local
+from fastsam.distributed import is_dtensor, local
 
 __all__ = ["StaleGradients"]
 
@@ -23,7 +23,11 @@ class StaleGradients:
 
     def mark(self, params: Iterable[Tensor]) -> None:
         """Marks what gradients there are as stale."""
-        self._known = {id(g): (weakref.ref(g), _version(g)) for p in params if (g := p.grad) is not None}
+        self._known = {
+            id(g): (weakref.ref(g), g._version if type(g) is Tensor else _version(g))
+            for p in params
+            if (g := p.grad) is not None
+        }
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
@@ -36,4 +40,4 @@ class StaleGradients:
 
 def _version(g: Tensor) -> int:
     """Of a DTensor also its shard's: FSDP2 accumulates into the shard, torch's own ops into the DTensor."""
-    return g._version if type(g) is Tensor else g._version + local(g)._version
+    return g._version + local(g)._version if is_dtensor(g) else g._version

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from distributed import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FusedSAM
@@ -161,6 +162,25 @@ def test_no_sync_climbs_by_each_ranks_own_gradient(world_size, interval):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_rank_with_infinite_first_gradient_stays_at_w_and_the_others_climb(world_size):
     on_ranks(world_size, check_m_sharpness, 1, 1)
+
+
+def check_sharded_base_optimizer() -> None:
+    """A base optimizer that keeps a part of the state on each rank, against one that keeps all."""
+    models = [DistributedDataParallel(make_model()) for _ in range(2)]
+    optimizer, options = BASES["adamw"]
+    bases = [
+        ZeroRedundancyOptimizer(models[0].parameters(), optimizer, **options),
+        optimizer(models[1].parameters(), **options),
+    ]
+    for model, base in zip(models, bases, strict=True):
+        sam = FusedSAM(base, rho=RHO, first_pass_context=model.no_sync)
+        train(sam, model, batches(10, dist.get_rank()))
+        assert_same_bits(flat(list(model.parameters())))
+    assert torch.equal(*(flat(list(model.parameters())) for model in models))
+
+
+def test_zero_redundancy_optimizer_as_the_base():
+    on_ranks(2, check_sharded_base_optimizer)
 
 
 def check_union_batch(micro_batches: int, two_calls: bool) -> None:

@@ -576,8 +576,10 @@ def check_save(base: str, folder: Path) -> Tensor:
 def check_load(base: str, folder: Path) -> Tensor:
     model, sam = make_training(base)
     w = full(model)
-    model_state, sam_state = get_state_dict(model, sam)
+    with CommDebugMode() as communication:
+        model_state, sam_state = get_state_dict(model, sam)
     # That took a step of the base optimizer, with lr 0 and gradients of 0, to have a state to load into.
+    assert communication.get_total_counts() == 0
     assert torch.equal(full(model), w)
     assert counters(sam) == [0]
     assert not sam.perturbed
