@@ -314,7 +314,7 @@ class FusedSAM(Optimizer):
 
         The interrupted step ends here and is not counted. Call it before saving a model in a signal handler.
         """
-        if self._state.perturbed:
+        if self._state.perturbed or self._state.perturbing:
             self._restore()
             self._mark_stale()
 
@@ -469,7 +469,8 @@ class FusedSAM(Optimizer):
         torch.clear_autocast_cache()
 
     def _restore(self) -> None:
-        if self._state.perturbed:
+        # Also after a first signal, in whose wake perturb still writes.
+        if self._state.perturbed or self._state.perturbing:
             self._state.layout.restore(again=self._state.perturbing)
             self._state.perturbed = False
             torch.clear_autocast_cache()
