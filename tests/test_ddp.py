@@ -11,7 +11,6 @@ import torch.distributed as dist
 from distributed import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FusedSAM
@@ -166,6 +165,8 @@ def test_rank_with_infinite_first_gradient_stays_at_w_and_the_others_climb(world
 
 def check_sharded_base_optimizer() -> None:
     """A base optimizer that keeps a part of the state on each rank, against one that keeps all."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns, of torch's own deprecations
+
     models = [DistributedDataParallel(make_model()) for _ in range(2)]
     optimizer, options = BASES["adamw"]
     bases = [
