@@ -2,6 +2,7 @@
 #   make test    all tests            make demo    SGD and SAM side by side, with a picture
 #   make check   ruff, mypy           make bench   the benchmarks
 #   make clean   back to the sources
+#   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
 # Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
@@ -13,7 +14,9 @@ TRITON := triton==3.7.1; platform_system == 'Linux'
 PIP := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo bench check setup clean
+CUDA_TORCH := torch==2.11.0
+
+.PHONY: test demo bench check cuda-build-check setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -30,7 +33,23 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+cuda-build-check: setup $(VENV)/cuda.stamp
+	@echo "== building the wheel with both native libraries"
+	@rm -rf $(VENV)/cuda-dist
+	@PATH="$(CURDIR)/$(VENV)/cuda/bin:$$PATH" $(VENV)/cuda/bin/python -m pip -q --disable-pip-version-check wheel . \
+		--no-build-isolation --no-deps -w $(VENV)/cuda-dist
+	@unzip -l $(VENV)/cuda-dist/*.whl | grep -o 'fastsam/_C_cuda.*' \
+		|| { echo "the CUDA library was not built: is there an nvcc of the CUDA of $(CUDA_TORCH)?"; exit 1; }
+	$(VENV)/cuda/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
+	$(VENV)/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
+
 setup: $(VENV)/native.stamp
+
+$(VENV)/cuda.stamp: $(VENV)/torch.stamp
+	@echo "== installing $(CUDA_TORCH) with CUDA's libraries into $(VENV)/cuda (4.7 GB)"
+	@$(PYTHON) -m venv $(VENV)/cuda
+	@$(VENV)/cuda/bin/python -m pip -qq --disable-pip-version-check install "$(CUDA_TORCH)" numpy ninja "setuptools>=77"
+	@touch $@
 
 # torch comes first and pinned: whatever else asks for torch then takes this one.
 $(VENV)/torch.stamp: Makefile

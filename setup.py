@@ -1,18 +1,21 @@
-"""Builds fastsam, and with it the native CPU library fastsam._C wherever that is possible.
+"""Builds fastsam, and with it the native libraries: fastsam._C wherever that is possible, fastsam._C_cuda with nvcc.
 
-`fastsam._C` uses the LibTorch stable ABI and Python's limited API: one library for every torch >= 2.10 and every
-Python >= 3.10. It needs torch at build time, so `pip install --no-build-isolation .` builds it, while a plain, isolated
-`pip install .` sees no torch and makes a pure Python wheel that uses the `foreach` backend.
+Both use the LibTorch stable ABI and Python's limited API: one library for every torch >= 2.10 and every Python >= 3.10;
+`fastsam._C_cuda` for one major version of CUDA. They need torch at build time, so `pip install --no-build-isolation .`
+builds them, while a plain, isolated `pip install .` sees no torch and makes a pure Python wheel that uses the `foreach`
+backend. What counts for the CUDA library is a torch built for CUDA, not a GPU: machines that build often have none.
 
 Environment: CXX names the compiler, MAX_JOBS bounds the parallel compilations, FASTSAM_BUILD_NATIVE=0 asks for the
-pure wheel.
+pure wheel; CUDA_HOME and TORCH_CUDA_ARCH_LIST are torch's.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +36,7 @@ CXX_FLAGS = [
     f"-ffile-prefix-map={os.getcwd()}/=",  # messages name csrc/..., not the folder that pip built in
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the oldest torch that the library runs on: 2.10
 ]
+NVCC_FLAGS = ["-std=c++20", "-O3", CXX_FLAGS[-1], f"-Xcompiler={','.join(f for f in CXX_FLAGS if f.startswith('-f'))}"]
 
 PROBE = """
 #include <concepts>
@@ -93,16 +97,63 @@ def cpu_library() -> setuptools.Extension:
     )
 
 
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder, from $CUDA_HOME or nvcc itself: the nvcc on the PATH may be a wrapper elsewhere."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home or shutil.which("nvcc") is None:
+        return home
+    answer = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", answer.stderr, flags=re.MULTILINE)
+    return os.path.realpath(top[1]) if top else None
+
+
+def cuda_obstacle() -> str | None:
+    """Why no CUDA library can be built here, or None. Sets $CUDA_HOME and $TORCH_CUDA_ARCH_LIST where they are not."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA"
+    home = cuda_home()
+    nvcc = os.path.join(home or "", "bin", "nvcc")
+    if home is None or not os.path.exists(nvcc):
+        return "there is no nvcc (CUDA_HOME or PATH)"
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", release)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc is of CUDA {version[0]}.{version[1]}, torch is built for {torch.version.cuda}"
+    os.environ["CUDA_HOME"] = home
+    if not torch.cuda.is_available():  # torch would build for the GPUs that it sees
+        newest = "9.0;10.0;12.0+PTX" if version >= (12, 8) else "9.0+PTX"
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;{newest}")
+    return None
+
+
+def cuda_library() -> setuptools.Extension:
+    from torch.utils.cpp_extension import CUDAExtension
+
+    return CUDAExtension(
+        name="fastsam._C_cuda",
+        sources=["csrc/cuda/sam_cuda.cu"],
+        depends=sorted(glob.glob("csrc/**/*.*h", recursive=True)),
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
+    )
+
+
 def native_build() -> dict[str, Any]:
     """The arguments for setup() that build the native libraries; none where they cannot be built."""
     obstacle = native_obstacle()
     if obstacle is not None:
         print(f"fastsam: pure Python build, without the native library: {obstacle}", file=sys.stderr)
         return {}
+    without_cuda = cuda_obstacle()  # before cpp_extension looks for CUDA by itself
+    if without_cuda is not None:
+        print(f"fastsam: without the CUDA library: {without_cuda}", file=sys.stderr)
     from torch.utils.cpp_extension import BuildExtension
 
     return {
-        "ext_modules": [cpu_library()],
+        "ext_modules": [cpu_library(), *([cuda_library()] if without_cuda is None else [])],
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

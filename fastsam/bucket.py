@@ -217,8 +217,9 @@ class ParameterBucket:
 
     def free_backup(self) -> None:
         """Lets go of the backup: its memory is used again only after what the current stream has still to do."""
-        if self.backup is not None and self.backup.is_cuda:
-            self.backup.record_stream(torch.cuda.current_stream(self.device))  # perturb may have run on another one
+        backup = self.backup
+        if backup is not None and backup.is_cuda:
+            backup.record_stream(torch.cuda.current_stream(self.device))  # perturb may have run on another one
         self.backup = None
 
     def _shards(self) -> list[Tensor]:

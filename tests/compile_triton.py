@@ -7,10 +7,7 @@ Run by test_triton_compile.py in a process of its own: under TRITON_INTERPRET=1 
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
@@ -18,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsam.backends import triton as kernels
+from tests import machine_code
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 TABLES = {"chunks": "*i64", "weights": "*i64", "grads": "*i64"}
 
@@ -68,37 +65,10 @@ def build(kernel, signature, constants, options, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def inner_loops(sass):
-    """The instructions of each loop that holds no other, from the backward branches."""
-    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
-    ranges = []
-    for at, text in code:
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < at:
-            ranges.append((int(branch[1], 16), at))
-    inner = [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
-    return [[text for at, text in code if first <= at <= last] for first, last in inner]
-
-
 def facts(compiled):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        run = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", cubin.name]
-        dump = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", dump, re.MULTILINE)
-    loops = [re.findall(r"\b((?:LDG|STG|LD|ST|SHFL|BAR)\b[\w.]*)", "\n".join(loop)) for loop in inner_loops(dump)]
-    return {
-        "registers": int(usage[1]),
-        "stack": int(usage[2]),
-        "local": int(usage[4]),
-        "opcodes": sorted(set(opcodes)),
-        "loops": loops,
-        "ptx": sorted(
-            set(re.findall(r"^\s+(?:@\S+\s+)?((?:fma|mul|add|sqrt|div|rcp|atom)\.[\w.]+)", compiled.asm["ptx"], re.M))
-        ),
-    }
+    (found,) = machine_code.facts(compiled.asm["cubin"]).values()
+    arithmetic = r"^\s+(?:@\S+\s+)?((?:fma|mul|add|sqrt|div|rcp|atom)\.[\w.]+)"
+    return {**found, "ptx": sorted(set(re.findall(arithmetic, compiled.asm["ptx"], re.MULTILINE)))}
 
 
 def main():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from tests.machine_code import aligned_loops, body_loops, count
 
 HERE = Path(__file__).parent
 FORMS = ["sam", "asam"]
@@ -39,19 +40,9 @@ def compiled():
     return compile_all(*CAPABILITIES, 100)
 
 
-def body_loops(facts):
-    """The memory instructions of the loops over a chunk: those that move vectors."""
-    return [loop for loop in facts["loops"] if any(op.endswith(".128") for op in loop)]
-
-
 def aligned_loop(facts):
-    """The loop for gradients that lie on 16-byte boundaries as their weights do: the one with nothing but vectors."""
-    (loop,) = [loop for loop in body_loops(facts) if all(op.endswith(".128") for op in loop)]
+    (loop,) = aligned_loops(facts)
     return loop
-
-
-def count(loop, opcode):
-    return sum(op.startswith(opcode) for op in loop)
 
 
 def each(kernel, forms=FORMS):

@@ -19,10 +19,10 @@ from fastsam.bucket import ParameterBucket
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "default", "load", "missing"]
 
-BACKENDS = ("triton", "cpp", "foreach", "reference")
+BACKENDS = ("triton", "cuda", "cpp", "foreach", "reference")
 """Names, best first."""
 
-_DEVICES = {"triton": "cuda", "cpp": "cpu"}
+_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpp": "cpu"}
 """The only device type that a backend serves; those not named serve any. Under TRITON_INTERPRET=1 Triton serves CPU
 tensors instead, slowly: for tests, and never by default."""
 
@@ -53,7 +53,7 @@ def available_backends() -> tuple[str, ...]:
     """The names of the backends that work in this process, best first.
 
     Returns:
-        Some of ``("triton", "cpp", "foreach", "reference")``.
+        Some of ``("triton", "cuda", "cpp", "foreach", "reference")``.
     """
     return tuple(name for name in BACKENDS if missing(name) is None)
 

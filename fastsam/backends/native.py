@@ -1,4 +1,4 @@
-"""The native library: C++ on CPU, one parallel region for each pass over a bucket.
+"""The native library: C++ on CPU, one parallel region for each pass over a bucket (on CUDA: cuda.py).
 
 The ops are private. They reach memory through pointer tables, which no schema can tell of: so they are called only
 where torch.compile does not trace, and the versions of the weights are incremented here.
@@ -58,7 +58,7 @@ def combine(ascent: Ascent) -> None:
 
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
-    """Saves w and w <- w + e_w, in one pass. The backup is kept: on CPU, fresh memory costs more than the pass."""
+    """Saves w and w <- w + e_w, in one pass. On CPU the backup is kept: fresh memory costs more than the pass."""
     if bucket.backup is None:
         bucket.backup = bucket.allocate_backup()
     _perturb(
@@ -76,9 +76,10 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
-    if bucket.backup is None:
+    backup = bucket.backup  # once: a signal handler may restore in between
+    if backup is None:
         return
-    _restore(bucket.chunks, bucket.weight_table.tensor, bucket.grad_table.tensor, bucket.backup, bucket.saved)
+    _restore(bucket.chunks, bucket.weight_table.tensor, bucket.grad_table.tensor, backup, bucket.saved)
     torch.autograd.graph.increment_version(bucket.live_weights())
 
 

@@ -376,7 +376,8 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
-    if bucket.backup is None:
+    backup = bucket.backup  # once: a signal handler may restore in between
+    if backup is None:
         return
     if len(bucket.chunks):
         with _on(bucket.device):
@@ -384,7 +385,7 @@ def restore(bucket: ParameterBucket) -> None:
                 bucket.chunks,
                 bucket.weight_table.tensor,
                 bucket.grad_table.tensor,
-                bucket.backup,
+                backup,
                 bucket.saved,
                 **shape(bucket.dtype),
             )

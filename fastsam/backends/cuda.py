@@ -1,0 +1,54 @@
+"""The native library on CUDA: C++ kernels, one launch each for norm, perturb and restore of a bucket.
+
+The ops are those of the CPU; a second library, which needs CUDA's own, implements them for CUDA tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from fastsam.backends import native
+from fastsam.bucket import ParameterBucket
+
+__all__ = ["chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
+
+try:
+    _library: ModuleType = importlib.import_module("fastsam._C_cuda")
+except ImportError as error:
+    raise ImportError(
+        f"fastsam's CUDA library could not be loaded ({error}); it is built for one major version of CUDA, by nvcc and "
+        "a torch for that CUDA: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
+    ) from None
+
+norm = native.norm
+combine = native.combine
+perturb = native.perturb
+
+
+def chunk_size(numel: int) -> int:
+    """Elements in a chunk: enough blocks to fill a GPU, or fewer, longer ones where there are many anyway."""
+    return 4096 if numel < 50_000_000 else 8192
+
+
+def restore(bucket: ParameterBucket) -> None:
+    """w <- saved w, bit for bit; nothing where nothing was saved."""
+    native.restore(bucket)
+    bucket.free_backup()
+
+
+def obstacle() -> str | None:
+    """Why the library cannot serve here, and what to do; None when it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device here (nvidia-smi shows those that the driver finds)"
+    oldest: int = _library.oldest_architecture()
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if major * 10 + minor < oldest:
+            return (
+                f"it was built for capability {oldest / 10} and newer, but {torch.cuda.get_device_name(i)} has "
+                f"{major}.{minor}: build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            )
+    return None
