@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -562,41 +562,45 @@ def counters(sam: FusedSAM) -> list[int]:
     return [group["sam_step"] for group in sam.param_groups]
 
 
-def check_save(base: str, folder: Path) -> Tensor:
+def check_save(base: str, flatten: bool, folder: Path) -> Tensor:
     """Saves after 4 steps, between two SAM steps, and trains on: what one never interrupted comes to."""
     model, sam = make_training(base)
     train(model, sam, range(4))
-    model_state, sam_state = get_state_dict(model, sam)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model_state, sam_state = get_state_dict(model, sam, options=options)
     dcp.save({"model": model_state, "sam": sam_state}, checkpoint_id=folder)
     assert counters(sam) == [4]
     train(model, sam, range(4, 9))
     return full(model)
 
 
-def check_load(base: str, folder: Path) -> Tensor:
+def check_load(base: str, flatten: bool, folder: Path) -> Tensor:
     model, sam = make_training(base)
     w = full(model)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     with CommDebugMode() as communication:
-        model_state, sam_state = get_state_dict(model, sam)
+        model_state, sam_state = get_state_dict(model, sam, options=options)
     # That took a step of the base optimizer, with lr 0 and gradients of 0, to have a state to load into.
     assert communication.get_total_counts() == 0
     assert torch.equal(full(model), w)
     assert counters(sam) == [0]
     assert not sam.perturbed
     dcp.load({"model": model_state, "sam": sam_state}, checkpoint_id=folder)
-    set_state_dict(model, sam, model_state_dict=model_state, optim_state_dict=sam_state)
+    set_state_dict(model, sam, model_state_dict=model_state, optim_state_dict=sam_state, options=options)
     assert counters(sam) == [4]
     train(model, sam, range(4, 9))
     assert counters(sam) == [9]
     return full(model)
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_checkpoint_of_4_ranks_resumes_on_4_and_on_2_between_sam_steps(base, tmp_path):
-    never_interrupted, *_ = on_ranks(4, check_save, base, tmp_path)
-    on_4, *_ = on_ranks(4, check_load, base, tmp_path)
+@pytest.mark.parametrize(
+    ("base", "flatten"), [("momentum", False), ("adamw", False), ("adamw", True), ("stateless", False)]
+)
+def test_checkpoint_of_4_ranks_resumes_on_4_and_on_2_between_sam_steps(base, flatten, tmp_path):
+    never_interrupted, *_ = on_ranks(4, check_save, base, flatten, tmp_path)
+    on_4, *_ = on_ranks(4, check_load, base, flatten, tmp_path)
     assert torch.equal(on_4, never_interrupted)
-    on_2, *_ = on_ranks(2, check_load, base, tmp_path)
+    on_2, *_ = on_ranks(2, check_load, base, flatten, tmp_path)
     torch.testing.assert_close(on_2, never_interrupted, rtol=1e-9, atol=1e-9)
 
 
