@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="on CPU; default: all cores, and 1 in representative cases",
     )
     add("--device", nargs="+", choices=["cpu", "cuda"], help="default: cpu, and cuda where there is one")
-    add("--seconds", type=float, default=4.0, help="for each measurement; at least 5 rounds are taken (default: 4)")
+    add("--seconds", type=float, default=3.0, help="for each measurement; at least 5 rounds are taken (default: 3)")
     add("--quick", action="store_true", help="small cases only, under a minute")
     add("files", nargs="*", type=Path, help="for plot: results files (default: all in bench/results)")
     add("--output", type=Path, help="results file, or for plot the folder; default: in bench/results")

@@ -294,6 +294,16 @@ class Copy:
         self.target.copy_(self.source)
 
 
+class InPlace(Copy):
+    """One in-place pass over as many elements: the bandwidth where no line is fetched only to be overwritten."""
+
+    def run(self) -> None:
+        self.target.neg_()
+
+
+YARDSTICKS: dict[str, type[Copy]] = {"copy": Copy, "in-place": InPlace}
+
+
 PEERS: dict[str, type[Contestant]] = {
     "pytorch_optimizer": PytorchOptimizer,
     "davda54": Davda54,

@@ -46,6 +46,7 @@ class Inputs:
         self.gradients = [normal(GRADIENT_SCALE) for _ in range(GRADIENT_SETS)]
         # ||e_w|| is rho; adaptive: rho || w^2 g || / || w g ||, which for normal w and g is sqrt(3) WEIGHT_SCALE rho.
         self.rho = RELATIVE_STEP * case.numel**0.5 * (3**-0.5 if setting.adaptive else WEIGHT_SCALE)
+        self.scales = [oracle_scale(self.weights, g, self.rho, setting.adaptive) for g in self.gradients]
 
     def parameters(self, kind: type[Contestant]) -> list[nn.Parameter]:
         return [nn.Parameter(w.clone() if kind.owns_weights else w) for w in self.weights]
@@ -71,8 +72,14 @@ class Turn:
         set_gradients(self.contestant.params, self.gradients[(self.first + turn) % len(self.gradients)])
 
 
-def check(contestant: Contestant, gradients: Sequence[Tensor]) -> None:
-    """Compares the perturbed weights with an fp64 oracle and the restored ones with the saved.
+def oracle_scale(weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, adaptive: bool) -> Tensor:
+    """rho / (norm + epsilon) in fp64, 0-d."""
+    terms = (w.double() * g if adaptive else g.double() for w, g in zip(weights, gradients, strict=True))
+    return rho / (torch.stack([term.square().sum() for term in terms]).sum().sqrt() + EPSILON)
+
+
+def check(contestant: Contestant, gradients: Sequence[Tensor], scale: Tensor) -> None:
+    """Compares the perturbed weights with an fp64 oracle, given its `scale`, and the restored ones with the saved.
 
     A perturbed weight may be off by 2 roundings of its own, 4 of e_w's (16-bit arithmetic that rounds after every
     operation needs that many) and the norm's error; a restored one not at all or, where e_w is subtracted again, by 2
@@ -81,23 +88,22 @@ def check(contestant: Contestant, gradients: Sequence[Tensor]) -> None:
     Raises:
         ArithmeticError: it is off by more.
     """
-    params, adaptive = contestant.params, contestant.adaptive
+    params = contestant.params
     rounding = torch.finfo(params[0].dtype).eps
     error_of_e_w = 4 * rounding + contestant.norm_error
     saved = [p.detach().clone() for p in params]
-    squares = [((w.double() * g if adaptive else g.double()) ** 2).sum() for w, g in zip(saved, gradients, strict=True)]
-    scale = contestant.rho / (torch.stack(squares).sum().sqrt() + EPSILON)
     set_gradients(params, gradients)
     contestant.perturb()
     for i, (p, w, g) in enumerate(zip(params, saved, gradients, strict=True)):
-        e_w = (w.double() ** 2 if adaptive else 1.0) * g.double() * scale
-        error = (p.detach().double() - (w.double() + e_w)).abs()
-        if not bool((error <= 2 * rounding * w.double().abs() + error_of_e_w * e_w.abs()).all()):
+        e_w = (w.double().square() if contestant.adaptive else 1.0) * g.double() * scale
+        error = (p.detach() - (w.double() + e_w)).abs()
+        if not bool((error <= 2 * rounding * w.abs() + error_of_e_w * e_w.abs()).all()):
             raise ArithmeticError(f"perturbed parameter {i} is off by up to {error.max().item():.3g}")
     contestant.restore()
     for i, (p, w, g) in enumerate(zip(params, saved, gradients, strict=True)):
-        error = (p.detach().double() - w.double()).abs()
-        e_w = (g.double() * scale).abs()
-        bound = 0.0 if contestant.exact else rounding * 2 * (w.double().abs() + e_w)
-        if not bool((error <= bound).all()):
+        if torch.equal(p, w):
+            continue
+        error = (p.detach().double() - w).abs()
+        bound = 2 * rounding * (w.double().abs() + (g * scale).abs())
+        if contestant.exact or not bool((error <= bound).all()):
             raise ArithmeticError(f"restored parameter {i} is off by up to {error.max().item():.3g}")

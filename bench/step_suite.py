@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.cases import Case
-from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, Contestant, Copy
+from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, YARDSTICKS, Contestant, Copy
 from bench.inputs import GRADIENT_SETS, Inputs, Setting, Turn, check
 from bench.measures import available_memory, count_launches, extra_memory
 from bench.results import Row
@@ -17,8 +17,8 @@ WRONG = "wrong results"
 
 
 def memory_needed(case: Case, setting: Setting, kinds: Sequence[type[Contestant]]) -> int:
-    """Bytes for the weights, the gradients, the floor's copy, and what the contestants hold and allocate."""
-    lists = 1 + GRADIENT_SETS + Copy.held + sum(kind.held for kind in kinds)
+    """Bytes for the weights, the gradients, the yardsticks, and what the contestants hold and allocate."""
+    lists = 1 + GRADIENT_SETS + sum(kind.held for kind in YARDSTICKS.values()) + sum(kind.held for kind in kinds)
     # The check holds the saved weights besides.
     temporary = 1 + max(kind.temporary for kind in kinds)
     return case.numel * setting.dtype.itemsize * (lists + temporary)
@@ -48,7 +48,7 @@ def enter(kind: type[Contestant], inputs: Inputs, setting: Setting) -> tuple[Con
 
     extra = extra_memory(two_steps, setting.device)
     assert contestant is not None
-    check(contestant, inputs.gradients[0])
+    check(contestant, inputs.gradients[0], inputs.scales[0])
     found: Row = {"extra_bytes": extra}
     if setting.device.type == "cuda":
         found["launches"] = count_launches(contestant.run)
@@ -75,7 +75,7 @@ def measure(
         torch.set_num_threads(setting.threads)
     inputs = Inputs(case, setting)
     turns: dict[str, Turn] = {}
-    found: dict[str, Row] = {COPY: {}}
+    found: dict[str, Row] = {}
     for name in names:
         on_turn(f"checking {name}")
         try:
@@ -86,10 +86,10 @@ def measure(
             found[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
         else:
             turns[name] = Turn(contestant, inputs.gradients, first=len(turns))
-    copy = Copy(case.numel, setting.dtype, setting.device)
-    samples = interleave({COPY: copy, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
+    yardsticks = {name: kind(case.numel, setting.dtype, setting.device) for name, kind in YARDSTICKS.items()}
+    samples = interleave({**yardsticks, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
     for name in samples:
-        found[name] |= figures(case, setting, name, samples)
+        found.setdefault(name, {}).update(figures(case, setting, name, samples))
     return [describe(case, setting, name) | found[name] for name in found]
 
 
@@ -129,17 +129,17 @@ def figures(case: Case, setting: Setting, name: str, samples: dict[str, Samples]
     """Times of contestant `name` and what follows from them. Ratios are taken within a round, then their median."""
     own, copy = samples[name].best, samples[COPY].best
     row = describe_times(samples[name])
-    passes = Copy.passes if name == COPY else CONTESTANTS[name].passes
+    passes = (YARDSTICKS | CONTESTANTS)[name].passes
     if passes is not None:
         moved = passes[setting.adaptive] * case.numel * setting.dtype.itemsize
         row["bytes"] = moved
         row["gb_per_s"] = round(moved / quartiles(own)[1] / 1e9, 3)
         row["share_of_copy_bandwidth"] = round(passes[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
-    if name == COPY:
+    if name in YARDSTICKS:
         return row
     row["share_of_floor"] = round(FLOOR_PASSES[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
     if name.startswith(FASTSAM):
-        others = [other for other in samples if other not in (name, COPY)]
+        others = [other for other in samples if other not in (name, *YARDSTICKS)]
         row["speedup_over"] = {other: round(median_ratio(samples[other].best, own), 3) for other in others}
         if samples[name].device:
             wall = samples[name].wall

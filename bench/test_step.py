@@ -34,7 +34,7 @@ def test_step(benchmark: BenchmarkFixture, inputs: tuple[Case, Setting, Inputs],
     if name not in USABLE[setting.device.type]:
         pytest.skip(f"{name} does not run on {setting.device}")
     contestant = CONTESTANTS[name](data.parameters(CONTESTANTS[name]), data.rho, setting.adaptive)
-    check(contestant, data.gradients[0])
+    check(contestant, data.gradients[0], data.scales[0])
     turn = Turn(contestant, data.gradients)
     rounds = iter(range(1_000_000))
 

@@ -71,8 +71,8 @@ def test_every_contestant_computes_the_step(name: str, dtype: torch.dtype, adapt
             kind(inputs.parameters(kind), inputs.rho, adaptive)
         return
     contestant = kind(inputs.parameters(kind), inputs.rho, adaptive)
-    for gradients in inputs.gradients:
-        check(contestant, gradients)
+    for gradients, scale in zip(inputs.gradients, inputs.scales, strict=True):
+        check(contestant, gradients, scale)
 
 
 class ForgetsOne(ForeachKept):
@@ -102,7 +102,7 @@ class IgnoresAdaptive(ForeachKept):
 def test_check_finds_wrong_results(kind: type[Contestant], adaptive: bool, message: str) -> None:
     inputs = Inputs(CASE, setting(adaptive=adaptive))
     with pytest.raises(ArithmeticError, match=message):
-        check(kind(inputs.parameters(kind), inputs.rho, adaptive), inputs.gradients[0])
+        check(kind(inputs.parameters(kind), inputs.rho, adaptive), inputs.gradients[0], inputs.scales[0])
 
 
 def test_gradients_are_fresh_in_every_turn() -> None:
@@ -157,7 +157,7 @@ def test_the_driver_keeps_one_row_a_measurement(tmp_path: Path) -> None:
     )
     assert status == 0
     step = {row["contestant"]: row for row in rows if row["suite"] == "step"}
-    assert set(step) == {"copy", "fastsam-cpp", "composer"}
+    assert set(step) == {"copy", "in-place", "fastsam-cpp", "composer"}
     assert step["fastsam-cpp"]["bytes"] == 28 * 161 * 64
     assert step["composer"]["bytes"] == 36 * 161 * 64
     assert set(step["fastsam-cpp"]["speedup_over"]) == {"composer"}
@@ -224,7 +224,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(driver.training_suite, "measure", interrupted)
     status, rows = run(tmp_path, "--cases", "161x64", "digits-cnn", "--contestants", "composer", "--threads", "1")
     assert status == driver.INTERRUPTED
-    assert {row["contestant"] for row in rows} == {"copy", "composer"}
+    assert {row["contestant"] for row in rows} == {"copy", "in-place", "composer"}
 
 
 def test_plots_are_drawn_from_the_results_alone(tmp_path: Path) -> None:
