@@ -2,6 +2,7 @@
 #   make test    all tests            make demo    SGD and SAM side by side, with a picture
 #   make check   ruff, mypy           make bench   the benchmarks
 #   make clean   back to the sources
+#   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
 # Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
 
@@ -16,7 +17,10 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 CUDA_TORCH := torch==2.11.0
 
-.PHONY: test demo bench check cuda-build-check setup clean
+# An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
+GPU_PYTHON ?= python3
+
+.PHONY: test demo bench check gpu-check cuda-build-check setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -32,6 +36,9 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+gpu-check:
+	$(GPU_PYTHON) tests/gpu/check.py
 
 cuda-build-check: setup $(VENV)/cuda.stamp
 	@echo "== building the wheel with both native libraries"

@@ -1,0 +1,167 @@
+"""CUDA graphs and torch.compile around a step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastsam import FusedSAM
+from tests.oracle import copies, same_bits
+
+DEVICE = "cuda"
+SIZES = [(40, 30), (7,), (1000, 33), ()]
+
+
+class Elementwise(nn.Module):
+    """A model whose kernels give the same bits in a graph and out of it: no matrix product may choose another way."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(size, generator=generator) for size in SIZES)
+
+    def forward(self, x):
+        return sum((w * x).tanh().sum() for w in self.weights)
+
+
+class Training:
+    """A model, its SAM around a capturable optimizer, and one whole step of it on fixed addresses."""
+
+    def __init__(self, backend, adaptive=False):
+        self.model = Elementwise().to(DEVICE)
+        self.x = torch.ones((), device=DEVICE)
+        self.rho = torch.tensor(0.05, device=DEVICE)
+        self.lr = torch.tensor(1e-2, device=DEVICE)
+        base = torch.optim.Adam(self.model.parameters(), lr=self.lr, capturable=True)
+        self.sam = FusedSAM(base, rho=self.rho, adaptive=adaptive, backend=backend)
+
+    def step(self):
+        self.model(self.x).backward()
+        self.sam.first_step(zero_grad=True)
+        self.model(self.x).backward()
+        self.sam.second_step(zero_grad=True)
+
+    def set(self, x, rho, lr):
+        self.x.fill_(x)
+        self.rho.fill_(rho)
+        self.lr.fill_(lr)
+
+    def warm_up(self):
+        """On a stream of its own, as torch asks before a capture."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def capture(self):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+    def weights(self):
+        return copies(self.model.parameters())
+
+
+SETTINGS = [(1.0, 0.05, 1e-2), (0.5, 0.5, 1e-2), (0.7, 0.0, 3e-3), (1.3, 2.0, 1e-3), (1.0, 0.05, 1e-2)]
+
+
+@pytest.fixture(params=[False, True], ids=["sam", "asam"])
+def trainings(request, fused_backend):
+    pair = Training(fused_backend, request.param), Training(fused_backend, request.param)
+    for training in pair:
+        training.warm_up()
+    assert same_bits(pair[0].weights(), pair[1].weights())
+    return pair
+
+
+def test_a_whole_step_replayed_equals_eager(trainings):
+    captured, eager = trainings
+    graph = captured.capture()
+    assert same_bits(captured.weights(), eager.weights())  # a capture runs nothing
+    for settings in SETTINGS:
+        for training in trainings:
+            training.set(*settings)
+        graph.replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+        assert same_bits(captured.sam.grad_norm, eager.sam.grad_norm)
+
+
+def test_replays_and_eager_steps_may_alternate(trainings):
+    captured, eager = trainings
+    graph = captured.capture()
+    for i, settings in enumerate(SETTINGS * 2):
+        for training in trainings:
+            training.set(*settings)
+        if i % 3 == 1:
+            captured.step()
+        else:
+            graph.replay()
+        if i % 2:  # other memory for the next eager gradients
+            kept = [torch.empty(1000, 33, device=DEVICE) for _ in range(3)]
+            assert kept
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+def test_two_graphs_of_one_optimizer(trainings):
+    captured, eager = trainings
+    graphs = [captured.capture(), captured.capture()]
+    for i, settings in enumerate(SETTINGS):
+        for training in trainings:
+            training.set(*settings)
+        graphs[i % 2].replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+def test_options_that_changed_before_a_capture_are_an_error(fused_backend):
+    training = Training(fused_backend)
+    training.sam.param_groups[0]["rho"] = 0.1
+    training.warm_up()
+    training.sam.param_groups[0]["rho"] = 0.2
+    training.model(training.x).backward()
+    with pytest.raises(RuntimeError, match="take a step with them first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        training.sam.first_step()
+
+
+def losses(model, inputs, backend):
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.1, backend=backend, lr=0.05)
+    found = []
+    for x in inputs:
+        loss = model(x).square().mean()
+        loss.backward()
+        found.append(float(loss))
+        sam.first_step(zero_grad=True)
+        model(x).square().mean().backward()
+        sam.second_step(zero_grad=True)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_trains_as_it_does_uncompiled(fused_backend, mode):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1)).to(DEVICE)
+    twin = copy.deepcopy(model)
+    inputs = [torch.randn(32, 16, device=DEVICE) for _ in range(12)]
+    compiled = torch.compile(model, mode=mode)
+    found = losses(compiled, inputs[:6], fused_backend)
+    recorded = graphs_recorded()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found += losses(compiled, inputs[6:], fused_backend)
+    assert graphs_recorded() == recorded, "a step records its graphs anew"
+    expected = losses(twin, inputs[:6], fused_backend) + losses(twin, inputs[6:], fused_backend)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def graphs_recorded():
+    """How many graphs torch.compile's mode reduce-overhead has recorded on the current device."""
+    from torch._inductor import cudagraph_trees
+
+    manager = cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return 0 if manager is None else next(copy.copy(manager.graph_counter))

@@ -1,0 +1,154 @@
+"""Streams, devices and waiting: kernels run where the caller is, nobody waits, and no memory is used again too soon."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from fastsam import FusedSAM
+from tests.oracle import copies, same_bits
+
+DEVICE = "cuda"
+LONG = 50_000_000
+"""Cycles: some 30 ms."""
+
+
+def make(backend, n=3, numel=10_000, device=DEVICE):
+    params = [nn.Parameter(torch.randn(numel + i, device=device)) for i in range(n)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params, FusedSAM(params, torch.optim.SGD, rho=0.3, backend=backend, lr=0.1)
+
+
+def ascend(sam):
+    sam.first_step()
+    sam.restore()
+
+
+def expected_ascent(params, backend="reference"):
+    """What w + e_w is."""
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    for twin, p in zip(twins, params, strict=True):
+        twin.grad = p.grad
+    FusedSAM(twins, torch.optim.SGD, rho=0.3, backend=backend, lr=0.1).first_step()
+    return copies(twins)
+
+
+def test_nothing_waits_for_the_device(gpu_backend):
+    params, sam = make(gpu_backend)
+    ascend(sam)
+    kept = [p.grad for p in params]
+    fresh = [torch.randn_like(p) for p in params]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for grads in (kept, fresh, kept):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            sam.param_groups[0]["rho"] *= 2
+            ascend(sam)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_runs_ahead_of_the_device(fused_backend):
+    _, sam = make(fused_backend)
+    ascend(sam)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(LONG)
+    ascend(sam)
+    done.record()
+    assert not done.query()
+
+
+def test_three_launches_a_step_whatever_the_number_of_tensors(fused_backend):
+    _, sam = make(fused_backend, n=161)
+    ascend(sam)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        ascend(sam)
+        torch.cuda.synchronize()
+    launched = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 3, launched
+
+
+def test_the_current_stream_is_used(gpu_backend):
+    params, sam = make(gpu_backend)
+    ascend(sam)
+    fresh = [torch.randn_like(p) for p in params]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        for p, g in zip(params, fresh, strict=True):
+            p.grad.copy_(g)
+        sam.first_step()
+    side.synchronize()
+    found = copies(params)
+    with torch.cuda.stream(side):
+        sam.restore()
+    side.synchronize()
+    assert same_bits(found, expected_ascent(params))
+
+
+def test_the_backup_outlives_a_restore_on_another_stream(fused_backend):
+    params, sam = make(fused_backend, numel=1_000_000)
+    before = copies(params)
+    side = torch.cuda.Stream()
+    sam.first_step()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        sam.restore()
+    # The first stream takes what memory it can get, and writes to it before the restore has run.
+    taken = [torch.full_like(p, float("nan")) for p in params for _ in range(4)]
+    torch.cuda.synchronize()
+    assert same_bits(params, before)
+    assert taken
+
+
+def test_many_tables_in_flight(fused_backend):
+    params, sam = make(fused_backend)
+    sets = [[torch.full_like(p, float(k + 1)) for p in params] for k in range(7)]
+    numel = sum(p.numel() for p in params)
+    ascend(sam)
+    torch.cuda._sleep(LONG)
+    norms = []
+    for k in range(300):
+        for p, g in zip(params, sets[k % 7], strict=True):
+            p.grad = g
+        sam.first_step()
+        norms.append(sam.grad_norm)
+        sam.restore()
+    for k, norm in enumerate(norms):
+        assert float(norm) == pytest.approx((k % 7 + 1) * numel**0.5, rel=2e-6)
+
+
+def test_the_backup_lives_between_perturb_and_restore_only(fused_backend):
+    params, sam = make(fused_backend, numel=4_000_000)
+    ascend(sam)
+    size = sum(p.numel() for p in params) * 4
+    idle = torch.cuda.memory_allocated()
+    sam.first_step()
+    assert size <= torch.cuda.memory_allocated() - idle <= size * 1.01
+    sam.restore()
+    assert torch.cuda.memory_allocated() == idle
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU beside the first")
+def test_parameters_over_two_devices(gpu_backend):
+    params = [nn.Parameter(torch.ones(1000 + i, device=f"cuda:{i % 2}")) for i in range(4)]
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    before = copies(params)
+    sam = FusedSAM(params, torch.optim.SGD, rho=0.3, backend=gpu_backend, lr=0.1)
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            sam.first_step()
+            norm = float(sam.grad_norm)
+            assert norm == pytest.approx(0.5 * sum(p.numel() for p in params) ** 0.5, rel=2e-6)
+            for p, w in zip(params, before, strict=True):
+                torch.testing.assert_close(p.detach(), w + 0.5 * 0.3 / norm)
+            sam.restore()
+    for device in (0, 1):
+        torch.cuda.synchronize(device)
+    assert same_bits(params, before)
