@@ -148,7 +148,7 @@ class ParameterBucket:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
-        return [p.data_ptr() for p in self._shards()] != self._sources
+        return list(map(Tensor.data_ptr, self._shards())) != self._sources
 
     def gather(self) -> bool:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
@@ -205,6 +205,8 @@ class ParameterBucket:
 
     def live_weights(self) -> list[Tensor]:
         """w of every live slot."""
+        if all(self.grad_table.pointers):
+            return self.weights
         return [w for w, pointer in zip(self.weights, self.grad_table.pointers, strict=True) if pointer]
 
     def live_views(self, backup: Tensor) -> list[Tensor]:

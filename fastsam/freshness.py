@@ -19,23 +19,20 @@ class StaleGradients:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._refs: list[weakref.ref[Tensor]] = []
+        self._versions: list[int] = []
 
     def mark(self, params: Iterable[Tensor]) -> None:
-        """Marks what gradients there are as stale."""
-        self._known = {
-            id(g): (weakref.ref(g), g._version if type(g) is Tensor else _version(g))
-            for p in params
-            if (g := p.grad) is not None
-        }
+        """Marks what gradients there are as stale. Every step does, so the sorting is left to `any_fresh`."""
+        grads = [g for p in params if (g := p.grad) is not None]
+        self._refs = list(map(weakref.ref, grads))
+        self._versions = [g._version if type(g) is Tensor else _version(g) for g in grads]
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
-        return any(self._is_fresh(g) for p in params if (g := p.grad) is not None)
-
-    def _is_fresh(self, g: Tensor) -> bool:
-        known = self._known.get(id(g))
-        return known is None or known[0]() is not g or known[1] != _version(g)
+        marked = zip(self._refs, self._versions, strict=True)
+        known = {id(g): version for ref, version in marked if (g := ref()) is not None}
+        return any(known.get(id(g)) != _version(g) for p in params if (g := p.grad) is not None)
 
 
 def _version(g: Tensor) -> int:

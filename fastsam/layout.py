@@ -60,7 +60,7 @@ class Layout:
             TypeError: a gradient or parameter of a kind that can't be perturbed.
             ValueError: an option out of range; a gradient that does not fit its parameter.
         """
-        ids = [[id(p) for p in group["params"]] for group in groups]
+        ids = [list(map(id, group["params"])) for group in groups]
         if (
             ids != self._ids
             or any(bucket.moved() for _, bucket in self.buckets)
