@@ -1,6 +1,7 @@
 """The kernels by themselves, bucket by bucket, against the reference backend: every alignment, edge and flag.
 
-A fused backend runs here on the device that it serves; Triton on the CPU where its interpreter is on (test_triton.py).
+A fused backend runs here on the device that it serves; Triton on the CPU where its interpreter is on (test_triton.py),
+and the CUDA kernels also by an emulator (emulated_cuda.py).
 """
 
 import itertools
@@ -12,6 +13,7 @@ import torch
 from fastsam import backends
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from tests import emulated_cuda
 from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, bits, copies, is_exact, norm64, same_bits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,7 +23,7 @@ CHUNK = 256
 
 def pytest_generate_tests(metafunc):
     if "kernels" in metafunc.fixturenames:
-        pairs = [("cpp", "cpu"), *([("triton", "cpu")] if INTERPRETED else [("triton", "cuda"), ("cuda", "cuda")])]
+        pairs = [("cpp", "cpu"), ("emulated", "cpu"), ("cuda", "cuda"), ("triton", "cpu" if INTERPRETED else "cuda")]
         marks = {"cuda": [pytest.mark.gpu], "cpu": []}
         values = [pytest.param((name, device), id=f"{name}-{device}", marks=marks[device]) for name, device in pairs]
         metafunc.parametrize("kernels", values, indirect=True)
@@ -31,6 +33,8 @@ def pytest_generate_tests(metafunc):
 def kernels(request):
     """(name, device, backend)."""
     name, device = request.param
+    if name == "emulated":
+        return name, torch.device(device), emulated_cuda
     reason = backends.missing(name)
     if reason is not None:
         pytest.skip(f"backend {name} is missing: {reason}")
@@ -249,8 +253,9 @@ def test_combine(kernels, dtype, n_buckets, n_groups):
 
 def test_many_chunks_to_a_program(kernels, monkeypatch):
     name, _, backend = kernels
-    if name == "triton":
-        monkeypatch.setattr(backend, "MOST_PROGRAMS", 3)
+    limit = {"triton": "MOST_PROGRAMS", "emulated": "MOST_BLOCKS"}.get(name)
+    if limit is not None:
+        monkeypatch.setattr(backend, limit, 3)
     sizes = [1000, 3, 700, 64, 129]
     for chunk in (64, 100, 1000):
         Case(kernels, torch.float32, sizes, "mixed", [(1, 1), (0, 0), (1, 0), (0, 0), (2, 2)], chunk=chunk).check()
