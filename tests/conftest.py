@@ -59,10 +59,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` stands for every backend that serves CPU tensors, Triton's by its interpreter where that is on."""
+    """`backend` stands for every backend that serves CPU tensors, Triton's by its interpreter where that is on.
+
+    A module with `INTERPRETED = False` has no use for the interpreter.
+    """
     if "backend" in metafunc.fixturenames:
         names = ["reference", "foreach", "cpp"]
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if os.environ.get("TRITON_INTERPRET") == "1" and getattr(metafunc.module, "INTERPRETED", True):
             names.append("triton")
         metafunc.parametrize("backend", names, indirect=True)
 

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsam import FusedSAM
 from tests.oracle import copies, same_bits
 
+INTERPRETED = False  # there a signal cuts a kernel in two
+
 SIGNALS = 60
 REASONS = ["signal handler", "not perturbed", "modified by an inplace operation"]
 
