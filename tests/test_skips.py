@@ -31,7 +31,8 @@ def test_refused_xfail(): assert False
 
 def run_pytest(folder: Path, ci: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "tests"]
-    env = {**os.environ, "CI": ci}
+    root = str(Path(__file__).parent.parent)  # conftest.py imports fastsam, which need not be installed
+    env = {**os.environ, "CI": ci, "PYTHONPATH": root}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False).stdout
 
 
