@@ -110,7 +110,7 @@ def _square_body(
 @triton.jit
 def _write_scale(square_sum, rho, epsilon, n_groups, norm, scale):
     """norm and scale from the sum of all squares, each operation rounded as torch's."""
-    REAL: tl.constexpr = norm.dtype.element_ty
+    REAL: tl.constexpr = scale.dtype.element_ty  # not norm: Triton 3.2 would take it for the function below
     total = tl.sqrt(square_sum).to(REAL)  # the root in fp64: correctly rounded
     tl.store(norm, total)
     for i in range(0, n_groups, FEW):
