@@ -103,7 +103,7 @@ void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tenso
     finite = fastsam::is_finite(*data<const float>(norm, ScalarType::Float, 1, "norm"));
   }
   const int32_t* a = data<const int32_t>(adaptive, ScalarType::Int, groups, "adaptive");
-  void* b = data<void>(backup, backup.scalar_type(), 0, "backup");
+  void* b = data<void>(backup, backup.scalar_type(), fastsam::cpu::backup_size(bucket), "backup");
   int32_t* flag = data<int32_t>(saved, ScalarType::Int, 1, "saved");
   if (!finite) return;  // the weights stay, and there is nothing to restore
   fastsam::cpu::perturb(bucket, a, scales.data(), b);
@@ -113,7 +113,8 @@ void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tenso
 void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved) {
   const Bucket bucket = bucket_of(chunks, weights, grads, backup.scalar_type());
   if (*data<const int32_t>(saved, ScalarType::Int, 1, "saved") != 0)
-    fastsam::cpu::restore(bucket, data<void>(backup, backup.scalar_type(), 0, "backup"));
+    fastsam::cpu::restore(
+        bucket, data<void>(backup, backup.scalar_type(), fastsam::cpu::backup_size(bucket), "backup"));
 }
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastsam::cpu::instruction_set()); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -73,7 +74,7 @@ def bind(*args: Any, **kwargs: Any) -> Arguments:
         check_group(groups, i)
     for device in {p.device for group in groups for p in group["params"]}:
         backends.load(arguments.backend, device)
-        if device.type == "cpu":
+        if device.type == "cpu" and arguments.backend is None and not os.environ.get("FASTSAM_BACKEND"):
             _warn_without_native()
     return arguments
 

@@ -59,9 +59,9 @@ class Ascent:
                     "rho, epsilon or adaptive changed between the last step and the capture of a CUDA graph: take a "
                     "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
                 )
-            upload(self.rho, torch.tensor(host[0], dtype=self.dtype))
-            upload(self.epsilon, torch.tensor(epsilon, dtype=self.dtype))
-            upload(self.adaptive, torch.tensor(adaptive, dtype=torch.int32))
+            upload(self.rho, torch.tensor(host[0], dtype=self.dtype, device="cpu"))
+            upload(self.epsilon, torch.tensor(epsilon, dtype=self.dtype, device="cpu"))
+            upload(self.adaptive, torch.tensor(adaptive, dtype=torch.int32, device="cpu"))
             self.groups_adaptive = tuple(adaptive)
             self._host = host
         for i, r in on_device:

@@ -119,6 +119,7 @@ class ParameterBucket:
         self._any_dtensor = any(map(is_dtensor, self.params))
         shards = self._shards()
         self._sources = [p.data_ptr() for p in shards]
+        self._sizes = [p.numel() for p in shards]
         _check_memory(shards, self.names)
 
         dense = [_is_dense(p) for p in shards]
@@ -131,6 +132,7 @@ class ParameterBucket:
         self._views = [(shape, stride) for _, shape, stride in self._layouts]
         self._laid_out_for = _layouts(self._shards())
         self._checked = False
+        self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
 
         pointers = [w.data_ptr() for w in self.weights]
         sizes = [w.numel() for w in self.weights]
@@ -149,6 +151,15 @@ class ParameterBucket:
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
         return list(map(Tensor.data_ptr, self._shards())) != self._sources
+
+    def restorable(self) -> bool:
+        """Whether the parameters are still what was perturbed: a freed address may come again with another dtype."""
+        shards = self._shards()
+        return (
+            list(map(Tensor.data_ptr, shards)) == self._sources
+            and list(map(Tensor.numel, shards)) == self._sizes
+            and all(p.dtype is self.dtype for p in shards)
+        )
 
     def gather(self) -> bool:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
@@ -236,10 +247,11 @@ class ParameterBucket:
     def _fit(self, grads: list[Tensor | None]) -> bool:
         """Whether all gradients lie in memory as their parameters do."""
         try:
-            return self._layouts == [
+            fit = self._layouts == [
                 layout if g is None else (g.dtype, g.shape, g.stride())
                 for g, layout in zip(grads, self._layouts, strict=True)
             ]
+            return fit and not any(g.is_neg() for i in self._single if (g := grads[i]) is not None)
         except RuntimeError:  # a sparse gradient has no strides
             return False
 
@@ -266,7 +278,7 @@ class ParameterBucket:
                 f"the gradient of {name} has shape {tuple(g.shape)} but the parameter has {tuple(w.shape)}; "
                 "clear the gradients after changing the parameter"
             )
-        if all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
+        if not g.is_neg() and all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
             # Equal but for dimensions of size 1, whose strides mean nothing: expect these from now on.
             self._layouts[i] = (g.dtype, g.shape, g.stride())
             return g
@@ -345,12 +357,13 @@ def _slots(pointers: Sequence[int], sizes: Sequence[int], itemsize: int) -> tupl
 
 def _chunks(sizes: Sequence[int], groups: Sequence[int], offsets: Sequence[int], chunk_size: int) -> Tensor:
     """The chunk table on the host; see `ParameterBucket.chunks`."""
-    size = torch.tensor(sizes, dtype=torch.int64)
-    counts = (size + chunk_size - 1) // chunk_size
-    slot = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    first = counts.cumsum(0) - counts
-    offset = (torch.arange(len(slot)) - first[slot]) * chunk_size
-    length = torch.minimum(size[slot] - offset, torch.tensor(chunk_size))
-    group = torch.tensor(groups, dtype=torch.int64)[slot]
-    backup = torch.tensor(offsets, dtype=torch.int64)[slot] + offset
-    return torch.stack((slot, length | group << 32, offset, backup), dim=1).contiguous()
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        size = torch.tensor(sizes, dtype=torch.int64)
+        counts = (size + chunk_size - 1) // chunk_size
+        slot = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        first = counts.cumsum(0) - counts
+        offset = (torch.arange(len(slot)) - first[slot]) * chunk_size
+        length = (size[slot] - offset).clamp(max=chunk_size)
+        group = torch.tensor(groups, dtype=torch.int64)[slot]
+        backup = torch.tensor(offsets, dtype=torch.int64)[slot] + offset
+        return torch.stack((slot, length | group << 32, offset, backup), dim=1).contiguous()

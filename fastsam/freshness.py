@@ -25,8 +25,9 @@ class StaleGradients:
     def mark(self, params: Iterable[Tensor]) -> None:
         """Marks what gradients there are as stale. Every step does, so the sorting is left to `any_fresh`."""
         grads = [g for p in params if (g := p.grad) is not None]
-        self._refs = list(map(weakref.ref, grads))
-        self._versions = [g._version if type(g) is Tensor else _version(g) for g in grads]
+        refs = list(map(weakref.ref, grads))
+        versions = [g._version if type(g) is Tensor else _version(g) for g in grads]
+        self._refs, self._versions = refs, versions  # at once: an exception or a signal handler may strike in between
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""

@@ -96,6 +96,11 @@ class Layout:
             bucket.unstage()
             bucket.release()
 
+    def release(self) -> None:
+        """Lets go of the gradients that a failed `measure` took up."""
+        for _, bucket in self.buckets:
+            bucket.release()
+
     def restore(self, *, again: bool = False) -> None:
         """w <- saved w, bit for bit, wherever the last `perturb` got to.
 
@@ -105,11 +110,11 @@ class Layout:
         """
         for backend, bucket in self.buckets:
             backup = bucket.backup
-            if bucket.moved():
-                bucket.restore_moved()
-            else:
+            if bucket.restorable():
                 backend.restore(bucket)
                 bucket.unstage()
+            else:
+                bucket.restore_moved()
             if again:
                 bucket.backup = backup
             else:
@@ -165,7 +170,7 @@ class Layout:
     def _total(self) -> Tensor:
         """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
         ascents = list(self._ascents.values())
-        first = ascents[0].square_sums if ascents else torch.zeros((), dtype=torch.float64)
+        first = ascents[0].square_sums if ascents else torch.zeros((), dtype=torch.float64, device="cpu")
         sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
         for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
             sums[i] += self._ascents[bucket.device].square_sums[bucket.index].to(first.device)

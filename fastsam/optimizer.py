@@ -49,6 +49,7 @@ class _State:
         self.layout = Layout(backend)
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
+        self.announced = False  # first_step() said that this is a plain step
 
 
 class FusedSAM(Optimizer):
@@ -221,7 +222,7 @@ class FusedSAM(Optimizer):
 
         Returns:
             True; or False on a step that `interval` leaves plain: then nothing happened, the gradients are kept, and
-            `second_step` is the base optimizer's step.
+            `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the first.
 
         Raises:
             RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it.
@@ -231,10 +232,15 @@ class FusedSAM(Optimizer):
         self._require_idle("first_step()")
         self._complete_groups()
         if not self._is_sam_step():
+            self._state.announced = True
             return False
-        self._perturb()
-        if zero_grad:
-            self.zero_grad()
+        try:
+            self._perturb()
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            self._restore()
+            raise
         return True
 
     @_disable_dynamo
@@ -259,7 +265,7 @@ class FusedSAM(Optimizer):
             closure: clears the gradients, computes the loss, calls backward and returns the loss. When gradients were
                 computed since the last step they are taken for those at w, and the closure runs once, at w + e_w;
                 otherwise it runs twice. On a step that `interval` leaves plain it runs once, or not at all. The
-                gradients are cleared between the passes.
+                gradients are cleared between the passes. After `first_step` it runs once, and clears for itself.
 
         Returns:
             The loss at w, where the closure computed it; else None.
@@ -269,19 +275,14 @@ class FusedSAM(Optimizer):
                 used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
-        try:
-            self._complete_groups()
-            if closure is None and not self._state.perturbed and self._is_state_initialisation():
-                self.base_optimizer.step()
-                return None
-            loss = self._run(closure)
-            self._restore()
-            amp.step(self.grad_scaler, self, self.base_optimizer)
-        except BaseException:
-            self._restore()
-            self._mark_stale()
-            amp.forget(self)
-            raise
+        self._complete_groups()
+        idle = not (self._state.perturbed or self._state.announced)
+        if closure is None and idle and self._is_state_initialisation():
+            self.base_optimizer.step()
+            return None
+        loss = self._run(closure)
+        self._restore()
+        amp.step(self.grad_scaler, self, self.base_optimizer)
         for group in self.param_groups:
             group[COUNTER] += 1
         self._mark_stale()
@@ -297,18 +298,26 @@ class FusedSAM(Optimizer):
         @functools.wraps(func)
         def step(*args: P.args, **kwargs: P.kwargs) -> R:
             sam = cast(FusedSAM, args[0])
-            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(sam).__name__}.step"):
-                for pre_hook in sam._optimizer_step_pre_hooks.values():
-                    args, kwargs = _or(pre_hook(sam, args, kwargs), (args, kwargs))
-                out = func(*args, **kwargs)
-                for post_hook in sam._optimizer_step_post_hooks.values():
-                    post_hook(sam, args, kwargs)
-                return out
+            # Around the hooks too: what fails in one must not leave the weights perturbed either.
+            try:
+                with torch.autograd.profiler.record_function(f"Optimizer.step#{type(sam).__name__}.step"):
+                    for pre_hook in sam._optimizer_step_pre_hooks.values():
+                        args, kwargs = _or(pre_hook(sam, args, kwargs), (args, kwargs))
+                    out = func(*args, **kwargs)
+                    for post_hook in sam._optimizer_step_post_hooks.values():
+                        post_hook(sam, args, kwargs)
+                    return out
+            except BaseException:
+                sam._restore()
+                sam._mark_stale()
+                amp.forget(sam)
+                raise
+            finally:
+                sam._state.announced = False
 
         return _disable_dynamo(step)
 
     @_disable_dynamo
-    @torch.no_grad()
     def restore(self) -> None:
         """Back to w, bit for bit, without a step; nothing to do when not perturbed.
 
@@ -332,7 +341,10 @@ class FusedSAM(Optimizer):
         Args:
             set_to_none: let go of them; False writes zeros.
         """
-        self.base_optimizer.zero_grad(set_to_none)
+        if set_to_none:
+            self.base_optimizer.zero_grad()  # some optimizers take no argument
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
 
     # -- groups and checkpoints ----------------------------------------------------------------------------------------
 
@@ -347,6 +359,7 @@ class FusedSAM(Optimizer):
             TypeError, ValueError: as at construction.
         """
         self._require_idle("add_param_group()")
+        self._complete_groups()
         groups = self.param_groups
         options = {key: self.defaults[key] for key in OPTIONS}
         self.base_optimizer.add_param_group(complete_group(dict(param_group), options, groups[0][COUNTER]))
@@ -386,6 +399,7 @@ class FusedSAM(Optimizer):
             ValueError: it does not fit this optimizer's groups, or an option in it is out of range.
         """
         self._require_idle("load_state_dict()")
+        state_dict = state_dict.copy()  # hooks may write to it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(pre_hook(self, state_dict), state_dict)
         self._complete_groups()
@@ -450,11 +464,15 @@ class FusedSAM(Optimizer):
     def _perturb(self) -> None:
         state = self._state
         amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
-        state.layout.measure(self.param_groups)
+        try:
+            state.layout.measure(self.param_groups)
+        except BaseException:
+            state.layout.release()
+            raise
         state.loss_scale = amp.loss_scale(self.grad_scaler)
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
         # Buckets know themselves how far perturb got.
-        state.perturbed = state.perturbing = True
+        state.perturbing = state.perturbed = True
         try:
             state.layout.perturb()
             if not state.perturbed:
@@ -468,6 +486,7 @@ class FusedSAM(Optimizer):
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
 
+    @torch.no_grad()  # an exception may come from where gradients are enabled
     def _restore(self) -> None:
         # Also after a first signal, in whose wake perturb still writes.
         if self._state.perturbed or self._state.perturbing:
@@ -515,15 +534,22 @@ class FusedSAM(Optimizer):
 def _notify_zero_grad(base: Optimizer, sam: FusedSAM) -> None:
     """Makes base.zero_grad mark the zeros that it writes: they are no gradient of a new backward."""
     base_ref, sam_ref = weakref.ref(base), weakref.ref(sam)
+    own = vars(base).get("zero_grad")  # somebody else's, or another FusedSAM's, put there before
+    if getattr(own, "base", base_ref)() is not base:
+        own = None  # of the optimizer that this one was copied from
 
     @functools.wraps(type(base).zero_grad)
-    def zero_grad(set_to_none: bool = True) -> None:
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
         base = cast(Optimizer, base_ref())
-        type(base).zero_grad(base, set_to_none)
+        if own is None:
+            type(base).zero_grad(base, *args, **kwargs)
+        else:
+            own(*args, **kwargs)
         sam = sam_ref()
         if sam is not None:
             sam._mark_stale()
 
+    zero_grad.base = base_ref  # type: ignore[attr-defined]
     base.zero_grad = zero_grad  # type: ignore[method-assign]
 
 

@@ -118,11 +118,6 @@ constexpr int64_t kGrain = 32768;
 // the two broke even.
 constexpr int64_t kStreamBytes = 32 << 20;
 
-int64_t end_of(const Bucket& bucket) {
-  const Chunk& last = bucket.chunks[bucket.n_chunks - 1];
-  return last.backup + last.length();
-}
-
 // Calls f on every chunk that has a gradient, in one parallel region; threads share elements, not chunks, evenly.
 template <typename F>
 void for_each_chunk(const Bucket& bucket, const F& f) {
@@ -131,7 +126,7 @@ void for_each_chunk(const Bucket& bucket, const F& f) {
   const auto from = [&](int64_t element) {
     return std::lower_bound(begin, end, element, [](const Chunk& c, int64_t e) { return c.backup < e; });
   };
-  torch::stable::parallel_for(0, end_of(bucket), kGrain, [&](int64_t low, int64_t high) {
+  torch::stable::parallel_for(0, backup_size(bucket), kGrain, [&](int64_t low, int64_t high) {
     for (const Chunk *c = from(low), *stop = from(high); c != stop; ++c) f(*c, c - begin);
 #ifdef FASTSAM_X86
     _mm_sfence();  // streaming stores are ordered by nothing else
@@ -139,9 +134,7 @@ void for_each_chunk(const Bucket& bucket, const F& f) {
   });
 }
 
-bool streams(const Bucket& bucket, int64_t item_size) {
-  return bucket.n_chunks > 0 && end_of(bucket) * item_size > kStreamBytes;
-}
+bool streams(const Bucket& bucket, int64_t item_size) { return backup_size(bucket) * item_size > kStreamBytes; }
 
 template <typename T = void>
 T* at(int64_t address, int64_t offset, int64_t item_size) {
@@ -149,6 +142,12 @@ T* at(int64_t address, int64_t offset, int64_t item_size) {
 }
 
 }  // namespace
+
+int64_t backup_size(const Bucket& bucket) {
+  if (bucket.n_chunks == 0) return 0;
+  const Chunk& last = bucket.chunks[bucket.n_chunks - 1];
+  return last.backup + last.length();
+}
 
 double square_sum(const Bucket& bucket, const int32_t* adaptive, double* partials) {
   const Kernels k = kernels_of(bucket.dtype);

@@ -17,6 +17,9 @@ struct Bucket {
   DType dtype;
 };
 
+// The size of the backup, in elements.
+int64_t backup_size(const Bucket& bucket);
+
 // Writes the sum of squares of each chunk, and returns their sum. Both in fp64, in an order that depends on nothing but
 // the chunks.
 double square_sum(const Bucket& bucket, const int32_t* adaptive, double* partials);

@@ -62,6 +62,20 @@ inline const A* widened(const T* x, A* buffer, int64_t n) {
   }
 }
 
+// The sum of squares in fp64 throughout, in lanes as below.
+template <typename A>
+inline double wide_square_sum(const A* x, int64_t n) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int k = 0; k < lanes; ++k) sums[k] += double(x[i + k]) * double(x[i + k]);
+  for (int k = 0; i < n; ++i, ++k) sums[k] += double(x[i]) * double(x[i]);
+  double total = 0;
+  for (int k = 0; k < lanes; ++k) total += sums[k];
+  return total;
+}
+
 // The sum of squares of at most kTile elements: 128 bytes of lanes whatever the vectors' width, so that every
 // instruction set gives the same bits.
 template <typename A>
@@ -83,6 +97,8 @@ inline double square_sum(const A* x, int64_t n) {
   for (int k = 0; k < lanes; ++k) total[k] = rest[k];
   for (int half = lanes / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) total[k] += total[k + half];
+  // Squares out of fp32's range (an element above 1e19, or none above 1e-15) are summed once more, in fp64.
+  if (!(total[0] >= 0x1p-100 && total[0] <= 0x1p127)) return wide_square_sum(x, n);
   return total[0];
 }
 

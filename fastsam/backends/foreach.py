@@ -21,6 +21,7 @@ combine = reference.combine
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     bucket.saved.zero_()
+    bucket.backup = None
     norms: list[Tensor] = []
     for group, weights, grads in _by_group(bucket):
         terms = grads
@@ -62,7 +63,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
             e_w = torch._foreach_mul(_widen(grads), scale)
         if bucket.device.type != "cpu":  # select on the device: to look at the norm would be to wait for it
             for e in e_w:
-                e.masked_fill_(not_finite, 0)
+                e.masked_fill_(not_finite, -0.0)  # w + -0.0 is w, also for w = -0.0
         if w[0] is weights[0]:
             torch._foreach_add_(weights, e_w)
         else:

@@ -30,6 +30,7 @@ def chunk_size(numel: int) -> int:
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     bucket.saved.zero_()
+    bucket.backup = None
     square_sum = torch.zeros_like(ascent.square_sums[bucket.index])
     for group, w, g in bucket.terms():
         term = g

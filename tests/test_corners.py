@@ -1,0 +1,138 @@
+"""Corners that plain training can reach: odd gradients, odd bases, failures beside the step itself."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from fastsam import FusedSAM
+
+
+def test_gradient_with_the_negative_bit(backend):
+    """Autograd hands out lazily negated gradients: their memory holds the opposite of their values."""
+    a, b = Parameter(torch.tensor([1.0])), Parameter(torch.tensor([2.0]))
+    z = torch.complex(a, b).conj()
+    (z * z).real.sum().backward()  # a^2 - b^2
+    assert b.grad.is_neg()
+    FusedSAM([a, b], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1).first_step()
+    norm = math.hypot(2, 4)
+    torch.testing.assert_close(a.detach(), torch.tensor([1 + 2 / norm]))
+    torch.testing.assert_close(b.detach(), torch.tensor([2 - 4 / norm]))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
+def test_norm_of_gradients_whose_squares_leave_fp32(size):
+    p = Parameter(torch.zeros(5000))
+    p.grad = torch.full((5000,), size)
+    sam = FusedSAM([p], torch.optim.SGD, rho=1.0, epsilon=0.0, backend="cpp", lr=0.1)
+    sam.first_step()
+    assert sam.grad_norm.item() == pytest.approx(size * math.sqrt(5000), rel=2e-6)
+    torch.testing.assert_close(p.detach(), torch.full((5000,), 1 / math.sqrt(5000)))
+
+
+def test_default_device_is_nobodys_business(backend):
+    torch.set_default_device("meta")
+    try:
+        p = Parameter(torch.ones(3, device="cpu"))
+        p.grad = torch.tensor([3.0, 0.0, 4.0], device="cpu")
+        sam = FusedSAM([p], torch.optim.SGD, rho=5.0, backend=backend, lr=0.1)
+        sam.first_step()
+        assert p.tolist() == [4.0, 1.0, 5.0]
+        sam.restore()
+    finally:
+        torch.set_default_device(None)
+    assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_hook_that_raises_leaves_w(backend, when):
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.0)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    getattr(sam, f"register_step_{when}_hook")(fail)
+    p.grad = torch.ones(3)
+    sam.first_step()
+    with pytest.raises(OSError, match="disk full"):
+        sam.second_step()
+    assert not sam.perturbed
+    assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_zero_grad_that_raises_in_first_step_leaves_w(backend):
+    class Base(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            raise OSError("no")
+
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], Base, backend=backend, lr=0.1)
+    p.grad = torch.ones(3)
+    with pytest.raises(OSError, match="no"):
+        sam.first_step(zero_grad=True)
+    assert not sam.perturbed
+    assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_base_whose_zero_grad_takes_no_argument():
+    class Base(torch.optim.SGD):
+        def zero_grad(self):
+            super().zero_grad()
+
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], Base, lr=0.1)
+    p.grad = torch.ones(3)
+    assert sam.first_step(zero_grad=True)
+    assert p.grad is None
+
+
+def test_two_wrappers_of_one_base_both_learn_of_its_zeros():
+    p = Parameter(torch.ones(3))
+    base = torch.optim.SGD([p], lr=0.1)
+    first, _second = FusedSAM(base), FusedSAM(base)
+    p.grad = torch.ones(3)
+    base.zero_grad(set_to_none=False)
+    calls = []
+
+    def closure():
+        calls.append(p.tolist())
+        p.grad = torch.ones(3)
+
+    first.step(closure)
+    assert len(calls) == 2  # zeros are no gradient at w
+
+
+def test_plain_step_counts_also_where_a_warm_up_starts_at_zero():
+    """lr 0 and zero gradients are also what torch.distributed.checkpoint's initialisation looks like."""
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], torch.optim.SGD, interval=2, lr=0.0)
+    p.grad = torch.zeros(3)
+    assert not sam.first_step()
+    sam.second_step()
+    assert sam.first_step()  # the next one is a SAM step
+    sam.restore()
+
+
+def test_memory_that_comes_back_with_another_dtype_is_not_overrun(backend):
+    p = Parameter(torch.ones(1000))
+    sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)
+    p.grad = torch.ones(1000)
+    sam.first_step()
+    memory = p.data
+    p.data = memory.view(torch.bfloat16)[:1000]  # the same address, half the bytes
+    beyond = memory.view(torch.bfloat16)[1000:].clone()
+    sam.restore()
+    assert p.tolist() == [1.0] * 1000
+    assert torch.equal(memory.view(torch.bfloat16)[1000:], beyond)
+
+
+def test_failed_ascent_holds_no_gradient(backend):
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)
+    p.grad = torch.ones(3)
+    sam.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="rho of param group 0"):
+        sam.first_step()
+    assert all(g is None for _, bucket in sam._state.layout.buckets for g in bucket.grads)
