@@ -30,7 +30,7 @@ demo: setup
 	$(VENV)/bin/python -m fastsam.demo
 
 bench: setup
-	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python -m bench && $(VENV)/bin/python -m bench plot
 
 check: setup
 	$(VENV)/bin/ruff check .
@@ -45,7 +45,7 @@ cuda-build-check: setup $(VENV)/cuda.stamp
 	@rm -rf $(VENV)/cuda-dist
 	@PATH="$(CURDIR)/$(VENV)/cuda/bin:$$PATH" $(VENV)/cuda/bin/python -m pip -q --disable-pip-version-check wheel . \
 		--no-build-isolation --no-deps -w $(VENV)/cuda-dist
-	@unzip -l $(VENV)/cuda-dist/*.whl | grep -o 'fastsam/_C_cuda.*' \
+	@$(VENV)/cuda/bin/python -m zipfile -l $(VENV)/cuda-dist/*.whl | grep -o 'fastsam/_C_cuda.*' \
 		|| { echo "the CUDA library was not built: is there an nvcc of the CUDA of $(CUDA_TORCH)?"; exit 1; }
 	$(VENV)/cuda/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
 	$(VENV)/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl

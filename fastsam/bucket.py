@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -120,6 +122,7 @@ class ParameterBucket:
         shards = self._shards()
         self._sources = [p.data_ptr() for p in shards]
         self._sizes = [p.numel() for p in shards]
+        self._dtypes = [self.dtype] * len(shards)
         _check_memory(shards, self.names)
 
         dense = [_is_dense(p) for p in shards]
@@ -128,8 +131,8 @@ class ParameterBucket:
             p if d else p.detach().clone(memory_format=torch.contiguous_format)
             for p, d in zip(shards, dense, strict=True)
         ]
-        self._layouts = _layouts(self.weights)
-        self._views = [(shape, stride) for _, shape, stride in self._layouts]
+        self._views = [(w.shape, w.stride()) for w in self.weights]
+        self._grad_strides = [w.stride() for w in self.weights]
         self._laid_out_for = _layouts(self._shards())
         self._checked = False
         self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
@@ -158,7 +161,7 @@ class ParameterBucket:
         return (
             list(map(Tensor.data_ptr, shards)) == self._sources
             and list(map(Tensor.numel, shards)) == self._sizes
-            and all(p.dtype is self.dtype for p in shards)
+            and [p.dtype for p in shards] == self._dtypes
         )
 
     def gather(self) -> bool:
@@ -175,7 +178,8 @@ class ParameterBucket:
             grads = [local_grad(p, name) for p, name in zip(self.params, self.names, strict=True)]
         else:
             grads = [p.grad for p in self.params]
-        if not (self._checked and self._fit(grads)):
+        present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
+        if not (self._checked and self._fit(cast("list[Tensor]", present))):
             if _layouts(self._shards()) != self._laid_out_for:
                 return False
             grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
@@ -244,14 +248,16 @@ class ParameterBucket:
         if self._any_dtensor:
             torch.autograd.graph.increment_version([self.params[i] for i in self.live()])
 
-    def _fit(self, grads: list[Tensor | None]) -> bool:
-        """Whether all gradients lie in memory as their parameters do."""
+    def _fit(self, grads: Sequence[Tensor]) -> bool:
+        """Whether all gradients lie in memory as their parameters do; lists, since each step asks."""
         try:
-            fit = self._layouts == [
-                layout if g is None else (g.dtype, g.shape, g.stride())
-                for g, layout in zip(grads, self._layouts, strict=True)
-            ]
-            return fit and not any(g.is_neg() for i in self._single if (g := grads[i]) is not None)
+            return (
+                [g.dtype for g in grads] == self._dtypes
+                and list(map(Tensor.numel, grads)) == self._sizes
+                and list(map(Tensor.stride, grads)) == self._grad_strides
+                # A lazily negated gradient, a view, has these strides only where it has a single element.
+                and not any(grads[i].is_neg() for i in self._single)
+            )
         except RuntimeError:  # a sparse gradient has no strides
             return False
 
@@ -280,7 +286,7 @@ class ParameterBucket:
             )
         if not g.is_neg() and all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
             # Equal but for dimensions of size 1, whose strides mean nothing: expect these from now on.
-            self._layouts[i] = (g.dtype, g.shape, g.stride())
+            self._grad_strides[i] = g.stride()
             return g
         return torch.empty_strided(w.shape, w.stride(), dtype=g.dtype, device=g.device).copy_(g)
 
@@ -306,6 +312,11 @@ def flatten_(params: Sequence[Tensor], names: Sequence[str]) -> None:
     flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
     for p, offset in zip(movable, offsets, strict=True):
         p.data = flat.as_strided(p.shape, p.stride(), offset).copy_(p.detach())
+
+
+def _or_else(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, and the weight where there is none."""
+    return [w if g is None else g for g, w in zip(grads, weights, strict=True)]
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
