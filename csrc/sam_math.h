@@ -25,6 +25,16 @@ struct Chunk {
   FASTSAM_HD int32_t group() const { return static_cast<int32_t>(length_and_group >> 32); }
 };
 
+// What a parameter's elements are computed in: 16-bit ones in fp32.
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
 FASTSAM_HD float mul(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);

@@ -8,28 +8,8 @@ import torch
 from torch import nn
 
 from fastsam import FusedSAM
+from tests.linear import backward, make, two_calls
 from tests.oracle import copies, same_bits
-
-
-def make(**options):
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    options = {"rho": 0.5, "lr": 0.1, **options}
-    return model, FusedSAM(model.parameters(), torch.optim.SGD, **options)
-
-
-def backward(model):
-    loss = model(torch.arange(8.0).view(2, 4) / 8).pow(4).mean()
-    loss.backward()
-    return loss
-
-
-def two_calls(model, sam, zero_grad=True):
-    sam.zero_grad()
-    backward(model)
-    sam.first_step(zero_grad=True)
-    backward(model)
-    sam.second_step(zero_grad=zero_grad)
 
 
 def test_weights_move_and_come_back_at_their_addresses(backend):

@@ -12,15 +12,6 @@ namespace FASTSAM_ISA {
 // lane keep the fp32 sums within 32 * 2^-24 of the fp64 ones, for any input.
 constexpr int64_t kTile = 1024;
 
-template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-
 inline void widen(const BFloat16* __restrict x, float* __restrict y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
 }

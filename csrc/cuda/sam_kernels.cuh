@@ -19,14 +19,6 @@ constexpr int kUnroll = 2;  // vectors of each operand that a thread has in flig
 // ---- Elements and vectors -------------------------------------------------------------------------------------------
 
 template <typename T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <typename T>
 using Real = typename Arithmetic<T>::type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
