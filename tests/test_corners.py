@@ -17,10 +17,15 @@ def test_gradient_with_the_negative_bit(backend):
     z = torch.complex(a, b).conj()
     (z * z).real.sum().backward()  # a^2 - b^2
     assert b.grad.is_neg()
-    FusedSAM([a, b], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1).first_step()
+    negated = b.grad
+    sam = FusedSAM([a, b], torch.optim.SGD, rho=1.0, backend=backend, lr=0.1)
     norm = math.hypot(2, 4)
-    torch.testing.assert_close(a.detach(), torch.tensor([1 + 2 / norm]))
-    torch.testing.assert_close(b.detach(), torch.tensor([2 - 4 / norm]))
+    for gradient in (negated, torch.tensor([-4.0, 0.0])[::2], negated):  # also where its strides are known
+        b.grad = gradient
+        sam.first_step()
+        torch.testing.assert_close(a.detach(), torch.tensor([1 + 2 / norm]))
+        torch.testing.assert_close(b.detach(), torch.tensor([2 - 4 / norm]))
+        sam.restore()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
@@ -138,3 +143,35 @@ def test_failed_ascent_holds_no_gradient(backend):
     with pytest.raises(ValueError, match="rho of param group 0"):
         sam.first_step()
     assert all(g is None for _, bucket in sam._state.layout.buckets for g in bucket.grads)
+
+
+def test_gradient_of_another_16_bit_dtype_is_refused_at_any_step(backend):
+    """The two are of one size, so only the dtype tells them apart."""
+    p = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.warns(UserWarning, match="16 bits"):
+        sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)
+        p.grad = torch.ones_like(p)
+        sam.first_step()
+    sam.restore()
+    p.grad = None
+    p.grad_dtype = torch.float16
+    p.grad = torch.ones(3, dtype=torch.float16)
+    with pytest.raises(TypeError, match="the parameter is torch"):
+        sam.first_step()
+    assert p.tolist() == [1.0] * 3
+
+
+def test_kept_backup_of_an_earlier_step_is_never_restored(backend):
+    """A norm that is not finite saves nothing; then the parameter gets other memory."""
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)
+    p.grad = torch.ones(3)
+    sam.first_step()
+    sam.restore()
+    with torch.no_grad():
+        p.fill_(2.0)
+    p.grad = torch.full((3,), math.inf)
+    sam.first_step()
+    p.data = p.data.double()
+    sam.restore()
+    assert p.tolist() == [2.0] * 3
