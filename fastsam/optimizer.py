@@ -280,9 +280,10 @@ class FusedSAM(Optimizer):
         if closure is None and idle and self._is_state_initialisation():
             self.base_optimizer.step()
             return None
-        loss = self._run(closure)
+        loss, valid = self._run(closure)
         self._restore()
-        amp.step(self.grad_scaler, self, self.base_optimizer)
+        if valid:
+            amp.step(self.grad_scaler, self, self.base_optimizer)
         for group in self.param_groups:
             group[COUNTER] += 1
         self._mark_stale()
@@ -429,15 +430,19 @@ class FusedSAM(Optimizer):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _run(self, closure: Closure | None) -> Any:
-        """The passes of one step, up to where the weights are still perturbed."""
+    def _run(self, closure: Closure | None) -> tuple[Any, bool]:
+        """The passes of one step, up to where the weights are still perturbed.
+
+        Returns:
+            The loss at w, and whether the base optimizer may step by the gradients that are there.
+        """
         if closure is None:
             if not self._state.perturbed and self._is_sam_step():
                 raise RuntimeError(
                     "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
                     "the gradients again before step() or second_step(), or pass step() a closure"
                 )
-            return None
+            return None, True
         if amp.in_scaler_step(self):
             raise RuntimeError(
                 "scaler.step(sam, closure) can't work: the scaler looks for infinite gradients before the closure "
@@ -452,11 +457,16 @@ class FusedSAM(Optimizer):
                 with nullcontext() if context is None else context(), torch.enable_grad():
                     loss = closure()
             if not self._is_sam_step():
-                return loss
+                return loss, True
             self._perturb()
             self.zero_grad()
+        self._call_above(closure)
+        return loss, True
+
+    def _call_above(self, closure: Closure) -> Any:
+        """Runs the closure at w + e_w."""
         with torch.enable_grad():
-            closure()
+            loss = closure()
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss
