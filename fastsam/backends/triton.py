@@ -117,10 +117,8 @@ def _write_scale(square_sum, rho, epsilon, n_groups, norm, scale):
         k = i + tl.arange(0, FEW)
         inside = k < n_groups
         divisor = total + tl.load(epsilon + k, mask=inside, other=1.0)
-        if tl.float32 == REAL:
-            reciprocal = tl.div_rn(1.0, divisor)  # in fp32 `/` is approximate
-        else:
-            reciprocal = 1.0 / divisor
+        # In fp64 and then rounded: correctly rounded to fp32 too. In fp32 `/` is approximate, and Triton 3.3's div_rn.
+        reciprocal = (1.0 / divisor.to(tl.float64)).to(REAL)
         s = reciprocal * tl.load(rho + k, mask=inside, other=0.0)
         s = tl.where(tl.abs(s) < float("inf"), s, 0.0)
         tl.store(scale + k, tl.where(total < float("inf"), s, 0.0), mask=inside)
