@@ -26,6 +26,7 @@ __all__ = [
     "ContextFactory",
     "bind",
     "check_group",
+    "check_interval",
     "check_options",
     "complete_group",
     "host_value",
@@ -187,6 +188,14 @@ def check_options(options: Group, where: str = "") -> None:
         raise TypeError(f"adaptive{where} must be True or False, but got {adaptive!r}")
 
 
+def check_interval(interval: int) -> None:
+    """Raises a TypeError or a ValueError unless `interval` is an int >= 1."""
+    if isinstance(interval, bool) or not isinstance(interval, int):
+        raise TypeError(f"interval must be an int, but got {interval!r}")
+    if interval < 1:
+        raise ValueError(f"interval must be >= 1, but got {interval}")
+
+
 def parameter_name(group: Group, group_index: int, index: int) -> str:
     """What a parameter is called in an error message: by its name where the group has names."""
     where = f"parameter {index} of param group {group_index}"
@@ -209,10 +218,7 @@ def _checked(rho: float | Tensor, epsilon: float, adaptive: bool, interval: int)
     """The options of a call, checked."""
     options = {"rho": rho, "epsilon": epsilon, "adaptive": adaptive}
     check_options(options)
-    if isinstance(interval, bool) or not isinstance(interval, int):
-        raise TypeError(f"interval must be an int, but got {interval!r}")
-    if interval < 1:
-        raise ValueError(f"interval must be >= 1, but got {interval}")
+    check_interval(interval)
     return options
 
 

@@ -1,0 +1,153 @@
+"""MosaicML Composer: its SAM, an Algorithm for the Trainer, and its SAMOptimizer, by the same names and arguments.
+
+Composer calls an optimizer's ``step`` with a closure of its own kind. ``closure(ddp_sync=False)`` computes a gradient
+that stays on its rank; ``closure(loss_dict={})`` keeps the loss out of the logs. Either returns the loss, or None when
+a gradient overflowed on any rank; the gradients are unscaled by then.
+
+Without Composer `SAMOptimizer` works, and `SAM` says what to install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.optim import Optimizer
+
+from fastsam.arguments import COUNTER, check_interval, check_options
+from fastsam.optimizer import Closure, FusedSAM
+
+try:
+    from composer.core import Algorithm, Event
+    from composer.trainer._scaler import ClosureGradScaler
+    from composer.utils import ensure_tuple
+except ImportError as error:
+    _missing: ImportError | None = error
+    Algorithm = object
+else:
+    _missing = None
+
+if TYPE_CHECKING:
+    from composer.core import State
+    from composer.loggers import Logger
+
+__all__ = ["SAM", "SAMOptimizer"]
+
+
+class SAMOptimizer(FusedSAM):
+    """`FusedSAM` with the closures of Composer's Trainer; `SAM` puts it around the Trainer's optimizer.
+
+    On a SAM step each rank climbs by its own gradient, which is not synchronised; the second gradient is. Since w is
+    restored to the bit, the replicas stay equal.
+
+    Args:
+        base_optimizer: the optimizer to wrap.
+        rho: radius of the neighbourhood, >= 0. Composer's method card advises to scale it with `interval`.
+        epsilon: added to the gradient norm, >= 0.
+        interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it.
+        **kwargs: `adaptive`, `backend` or `flatten_parameters`, as `FusedSAM` has them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `FusedSAM`.
+
+    Note:
+        Departures from Composer's: w is restored by a copy, not by a subtraction; a loss of exactly 0 is a step; the
+        state dict holds the base optimizer's state and the count of steps, so training resumes where it was.
+    """
+
+    _step_supports_amp_closure = True
+    """The Trainer then passes closures under amp_fp16 too, by its ClosureGradScaler."""
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        rho: float = 0.05,
+        epsilon: float = 1.0e-12,
+        interval: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                f"base_optimizer must be an optimizer, but got {base_optimizer!r}; the form that takes parameters and "
+                "an optimizer class is fastsam.FusedSAM's"
+            )
+        for name in {"first_pass_context", "grad_scaler"} & kwargs.keys():
+            raise TypeError(
+                f"{name} is not for SAMOptimizer: the Trainer's closures see to synchronising and to scaling. Leave it "
+                "out, or use fastsam.FusedSAM in a loop of your own"
+            )
+        super().__init__(base_optimizer, rho, epsilon, interval, **kwargs)
+
+    @property
+    def global_step(self) -> int:
+        """Steps done, those that a loss scaler skipped included. Part of the state dict."""
+        return int(self.param_groups[0][COUNTER])
+
+    @global_step.setter
+    def global_step(self, steps: int) -> None:
+        for group in self.param_groups:
+            group[COUNTER] = steps
+
+    def _run(self, closure: Closure | None) -> tuple[Any, bool]:
+        if closure is None or self.perturbed:  # after first_step(): the two-call form is FusedSAM's
+            return super()._run(closure)
+        train = cast(Callable[..., Any], closure)
+        is_sam_step = self._is_sam_step()
+        with torch.enable_grad():
+            loss = train(ddp_sync=False) if is_sam_step else train()
+        if loss is None or not is_sam_step:
+            return loss, loss is not None
+        self._perturb()
+        self.zero_grad()
+        return loss, self._call_above(lambda: train(loss_dict={})) is not None
+
+
+class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not installed
+    """Sharpness-aware minimization (Foret et al. 2021) in Composer's Trainer, by `SAMOptimizer`.
+
+    Wraps the Trainer's optimizers before a checkpoint is loaded, so that their state and the loss scale are loaded too.
+
+    Args:
+        rho: radius of the neighbourhood, >= 0.
+        epsilon: added to the gradient norm, >= 0.
+        interval: SAM runs on one step in `interval`; the others are plain steps. Scale `rho` with it.
+
+    Raises:
+        ImportError: Composer is not installed.
+        TypeError, ValueError: an argument that is out of range.
+
+    Example:
+        >>> Trainer(model=model, optimizers=optimizer, algorithms=[SAM(rho=0.05)], ...)
+    """
+
+    def __init__(self, rho: float = 0.05, epsilon: float = 1.0e-12, interval: int = 1) -> None:
+        if _missing is not None:
+            raise ImportError(
+                f"fastsam.composer.SAM needs MosaicML Composer, which can't be imported ({_missing}): pip install "
+                "mosaicml"
+            ) from _missing
+        check_options({"rho": rho, "epsilon": epsilon, "adaptive": False})
+        check_interval(interval)
+        self.rho = rho
+        self.epsilon = epsilon
+        self.interval = interval
+
+    def __repr__(self) -> str:
+        return f"SAM(rho={self.rho}, epsilon={self.epsilon}, interval={self.interval})"
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether to run at this event: before a checkpoint is loaded, and after, in case that made new optimizers."""
+        return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD)
+
+    def apply(self, event: Event, state: State, logger: Logger | None) -> int | None:
+        """Wraps what optimizers are not wrapped yet, and takes a loss scaler that serves closures."""
+        state.optimizers = tuple(
+            optimizer
+            if isinstance(optimizer, SAMOptimizer)
+            else SAMOptimizer(optimizer, self.rho, self.epsilon, self.interval)
+            for optimizer in ensure_tuple(state.optimizers)
+        )
+        if not isinstance(state.scaler, ClosureGradScaler):
+            state.scaler = ClosureGradScaler()
+        return None
