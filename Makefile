@@ -3,6 +3,7 @@
 #   make check   ruff, mypy           make bench   the benchmarks
 #   make clean   back to the sources
 #   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
+#   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
 # Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
 
@@ -16,11 +17,12 @@ PIP := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 CUDA_TORCH := torch==2.11.0
+COMPOSER := mosaicml==0.32.1
 
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench check gpu-check cuda-build-check setup clean
+.PHONY: test demo bench check composer-check gpu-check cuda-build-check setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -50,7 +52,22 @@ cuda-build-check: setup $(VENV)/cuda.stamp
 	$(VENV)/cuda/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
 	$(VENV)/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
 
+# With torch 2.7 there is no native library: foreach serves, and Triton 3.3 for GPUs, whose kernels are interpreted and compiled.
+composer-check: $(VENV)/composer.stamp
+	@$(VENV)/composer/bin/python -m pip -q --disable-pip-version-check install --no-build-isolation --no-deps \
+		--force-reinstall .
+	cd $(VENV)/composer && bin/python -m fastsam && bin/python $(CURDIR)/examples/train_composer.py
+	$(VENV)/composer/bin/python -m pytest tests/test_composer.py tests/test_composer_trainer.py tests/test_triton.py \
+		tests/test_triton_compile.py
+
 setup: $(VENV)/native.stamp
+
+$(VENV)/composer.stamp: Makefile
+	@echo "== installing $(COMPOSER) and the torch that it needs into $(VENV)/composer (5.4 GB)"
+	@$(PYTHON) -m venv $(VENV)/composer
+	@$(VENV)/composer/bin/python -m pip -qq --disable-pip-version-check install "$(COMPOSER)" numpy scikit-learn hypothesis \
+		pytest ninja "setuptools>=77"
+	@touch $@
 
 $(VENV)/cuda.stamp: $(VENV)/torch.stamp
 	@echo "== installing $(CUDA_TORCH) with CUDA's libraries into $(VENV)/cuda (4.7 GB)"
