@@ -1,0 +1,141 @@
+"""Sharpness-aware training with the Transformers Trainer: a small BERT, from scratch, on Python's language reference.
+
+    python examples/train_transformers.py
+    torchrun --standalone --nproc-per-node 2 examples/train_transformers.py
+
+SAMTrainer is the recipe to copy. Everything in TrainingArguments keeps its meaning: gradient accumulation, clipping,
+schedule, mixed precision, gradient checkpointing, checkpoints and resuming, DistributedDataParallel.
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from contextlib import nullcontext
+from pydoc_data.topics import topics
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from fastsam import FusedSAM
+
+
+class SAMTrainer(Trainer):
+    """The Trainer with FusedSAM around its optimizer; rho, interval and adaptive are FusedSAM's."""
+
+    def __init__(self, *args, rho=0.05, interval=1, adaptive=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sam_options = {"rho": rho, "interval": interval, "adaptive": adaptive}
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if not isinstance(getattr(optimizer, "optimizer", optimizer), FusedSAM):  # train() may be called again
+            self.optimizer = FusedSAM(optimizer, **self.sam_options)
+        return self.optimizer
+
+    def get_batch_samples(self, *args):
+        self.window, num_items_in_batch = super().get_batch_samples(*args)  # the micro-batches of the next step
+        return self.window, num_items_in_batch
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        sam = self.optimizer.optimizer  # inside Accelerate's wrapper
+        if self.accelerator.sync_gradients and sam.first_step(zero_grad=True):
+            try:
+                for i, micro_batch in enumerate(self.window, start=1):
+                    last = i == len(self.window)
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        super().training_step(model, micro_batch, num_items_in_batch)
+            except BaseException:
+                sam.restore()
+                raise
+        return loss  # at w; the Trainer clips and steps by the gradients at w + e_w
+
+    def _save_checkpoint(self, model, trial):
+        if self.optimizer.optimizer.perturbed:  # enable_jit_checkpoint saves just before the step: do it after
+            self.control.should_save = True
+        else:
+            super()._save_checkpoint(model, trial)
+
+
+def tokenizer_for(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[MASK]"]
+    # Every rank trains its own. WordPiece breaks ties at random: the ranks would not agree.
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
+def main(folder: str, steps: int, interval: int) -> None:
+    texts = list(topics.values())  # what help("while") and the like show
+    tokenizer = tokenizer_for(texts, vocab_size=1000)
+    ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
+    blocks = [{"input_ids": ids[i : i + 64]} for i in range(0, len(ids) - 64, 64)]
+    torch.set_num_threads(1)  # in a model as small as this, threads would only wait for each other
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **small))
+    # BERT's loss is the mean over a micro-batch, though its signature lets the Trainer think that it is scaled already.
+    model.accepts_loss_kwargs = False
+    args = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-3,
+        warmup_steps=5,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        eval_on_start=True,  # not evaluate() before train(): Accelerate would then leave DistributedDataParallel out
+        disable_tqdm=True,
+    )
+    trainer = SAMTrainer(
+        model,
+        args,
+        rho=0.05,
+        interval=interval,
+        train_dataset=blocks[100:],
+        eval_dataset=blocks[:100],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    before, after = trainer.state.log_history[0]["eval_loss"], trainer.evaluate()["eval_loss"]
+    w = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    replicas = trainer.accelerator.gather(w[None])
+    trainer.accelerator.print(f"loss before: {before:.3f}")
+    trainer.accelerator.print(f"loss after: {after:.3f}")
+    trainer.accelerator.print(f"replicas equal to the bit: {all(torch.equal(w, replica) for replica in replicas)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--interval", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        main(folder, options.steps, options.interval)
+    if torch.distributed.is_initialized():
+        gc.collect()  # DistributedDataParallel goes first: as the last holder of gloo's process group it can hang
+        torch.distributed.destroy_process_group()
