@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+
+from tests.scaled import make_scaler
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -33,6 +36,13 @@ def launched() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def scale_losses(accelerator: Accelerator) -> None:
+    """What mixed_precision="fp16" sets on a GPU; Accelerate refuses it on CPU. Autocast leaves fp64 models alone."""
+    accelerator.scaler = make_scaler()
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
 
 
 def _reset() -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from examples import train_accelerate
 from fastsam import FusedSAM
-from tests.huggingface import fresh_state, launched
+from tests.huggingface import fresh_state, launched, scale_losses
 from tests.oracle import copies, same_bits
 from tests.scaled import make_scaler
 
@@ -222,6 +222,17 @@ def test_fp16_scaler_skips_a_step_and_does_not_say_so() -> None:
         if k != 3:
             plain.step(gradients)
     assert_close(copies(model.parameters()), expected)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_loss_scaling_with_accumulation_and_clipping(known: bool) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    scale_losses(accelerator)
+    options = {"grad_scaler": accelerator.scaler} if known else {}
+    model, sam, scheduler, loader = prepare(accelerator, **options)
+    train_accelerate.train(accelerator, model, sam, scheduler, loader, epochs=1)
+    assert accelerator.scaler.get_scale() > 1
+    assert_close(copies(model.parameters()), train_by_hand(windows(36, 2), 2, clip=CLIP))
 
 
 def test_fp16_closures_go_past_accelerate() -> None:

@@ -27,7 +27,7 @@ from transformers import (
 from examples import train_transformers
 from examples.train_transformers import SAMTrainer
 from fastsam import FusedSAM
-from tests.huggingface import fresh_state, launched
+from tests.huggingface import fresh_state, launched, scale_losses
 from tests.oracle import copies, same_bits
 
 RHO = 0.1
@@ -224,6 +224,17 @@ def test_bf16(tmp_path: Path) -> None:
         sam.step([g * (CLIP / (flat(gradients).norm() + 1e-6)).clamp(max=1) for g in gradients])
     way = flat(list(expected.parameters())) - start
     assert (flat(list(model.parameters())) - start - way).norm() < 0.01 * way.norm()
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_loss_scaling(interval: int, tmp_path: Path) -> None:
+    model, expected = make_model(), make_model()
+    trainer = make_trainer(tmp_path, model, make_data(9), options={"rho": RHO, "interval": interval})
+    scale_losses(trainer.accelerator)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() > 1
+    train_by_hand(expected, trainer.steps, interval=interval)
+    assert_close(model, expected)
 
 
 def check_resuming(folder: Path, interval: int, examples: int) -> None:
