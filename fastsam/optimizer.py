@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fastsam import amp
+from fastsam import amp, lightning
 from fastsam.arguments import (
     COUNTER,
     OPTIONS,
@@ -50,6 +50,7 @@ class _State:
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
         self.announced = False  # first_step() said that this is a plain step
+        self.in_closure = False
 
 
 class FusedSAM(Optimizer):
@@ -118,12 +119,9 @@ class FusedSAM(Optimizer):
     base_optimizer: Optimizer
     interval: int
     flatten_parameters: bool
-    # pickle and deepcopy leave these two behind: a bound no_sync would bring the whole model along
-    first_pass_context: ContextFactory | None = None
-    grad_scaler: GradScaler | None = None
+    first_pass_context: ContextFactory | None
+    grad_scaler: GradScaler | None
     _backend: str | None
-    # A GradScaler then always calls step(), which must undo the perturbation, and leaves the rest to fastsam.amp.
-    _step_supports_amp_scaling = True
 
     @overload
     def __init__(
@@ -193,6 +191,14 @@ class FusedSAM(Optimizer):
     @state.setter
     def state(self, state: Any) -> None:
         self.base_optimizer.state = state
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A GradScaler then always calls step(), which must undo the perturbation, and leaves the rest to fastsam.amp.
+
+        In a closure it is Lightning that asks, before it clips: it clips no gradients that may carry a loss scale.
+        """
+        return not self._state.in_closure
 
     # -- the sharpness-aware step --------------------------------------------------------------------------------------
 
@@ -424,7 +430,9 @@ class FusedSAM(Optimizer):
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        # pickle and deepcopy leave these two behind: a bound no_sync would bring the whole model along. As defaults of
+        # the class they would hide the instance's from Lightning's wrapper, which inherits from this class.
+        super().__setstate__({"first_pass_context": None, "grad_scaler": None, **state})
         self._state = _State(self._backend)
         _notify_zero_grad(self.base_optimizer, self)
 
@@ -436,12 +444,16 @@ class FusedSAM(Optimizer):
         Returns:
             The loss at w, and whether the base optimizer may step by the gradients that are there.
         """
-        if closure is None:
+        wrapped = lightning.unwrap(closure)
+        if closure is None or (wrapped is not None and wrapped.empty):
             if not self._state.perturbed and self._is_sam_step():
                 raise RuntimeError(
                     "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
                     "the gradients again before step() or second_step(), or pass step() a closure"
+                    + (lightning.SCALER_ADVICE if amp.in_scaler_step(self) else "")
                 )
+            if closure is not None:
+                closure()  # for Lightning's hook before a step
             return None, True
         if amp.in_scaler_step(self):
             raise RuntimeError(
@@ -451,12 +463,17 @@ class FusedSAM(Optimizer):
             )
         loss = None
         if not self._state.perturbed:
-            if not self._state.stale.any_fresh(self._parameters()):
-                # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
-                context = self.first_pass_context if self._is_sam_step() else None
-                with nullcontext() if context is None else context(), torch.enable_grad():
-                    loss = closure()
-            if not self._is_sam_step():
+            is_sam_step = self._is_sam_step()
+            automatic = wrapped is not None and wrapped.automatic
+            if automatic or not self._state.stale.any_fresh(self._parameters()):
+                # Not so the only pass of a plain step: that gradient is what the base optimizer steps by.
+                context = self.first_pass_context if is_sam_step else None
+                run = wrapped.inner if wrapped is not None and is_sam_step else closure
+                with nullcontext() if context is None else context():
+                    loss = self._call(run)
+                if automatic and loss is None:
+                    return None, False  # training_step skips this batch
+            if not is_sam_step:
                 return loss, True
             self._perturb()
             self.zero_grad()
@@ -465,11 +482,18 @@ class FusedSAM(Optimizer):
 
     def _call_above(self, closure: Closure) -> Any:
         """Runs the closure at w + e_w."""
-        with torch.enable_grad():
-            loss = closure()
+        loss = self._call(closure)
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss
+
+    @torch.enable_grad()
+    def _call(self, closure: Closure) -> Any:
+        self._state.in_closure = True
+        try:
+            return closure()
+        finally:
+            self._state.in_closure = False
 
     def _perturb(self) -> None:
         state = self._state
