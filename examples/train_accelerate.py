@@ -67,5 +67,6 @@ def main(epochs: int = 10, mixed_precision: str = "no") -> float:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
-        gc.collect()  # DistributedDataParallel goes first: as the last holder of gloo's process group it can hang
+        gc.collect()  # DistributedDataParallel, a cycle, lets go of the group
+        torch.distributed.barrier()  # gloo's threads let go of their last tensors, before Python exits
         torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ precision, data parallel training, micro-batches, clipping, schedule, EMA and ch
 """
 
 import argparse
+import gc
 import math
 import os
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ def train_epoch(
         for images, labels in loader:
             images, labels = augment(images.to(device)), labels.to(device)
             # SAM climbs by each process's own gradient. That of a plain step is averaged over them, as always.
-            climbs = args.sam and (optimizer.param_groups[0]["sam_step"] + 1) % args.interval == 0
+            climbs = args.sam and optimizer.is_sam_step
             mean += backward(images, labels, synchronise=not climbs) / len(loader)
             if climbs:
                 optimizer.first_step(zero_grad=True)
@@ -195,5 +196,6 @@ if __name__ == "__main__":
         dist.init_process_group()
     main()
     if dist.is_initialized():
-        dist.barrier()  # lets gloo's threads drop the last tensors, for which they need a Python that is still there
+        gc.collect()  # DistributedDataParallel, a cycle, lets go of the group
+        dist.barrier()  # gloo's threads let go of their last tensors, before Python exits
         dist.destroy_process_group()

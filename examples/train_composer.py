@@ -3,8 +3,8 @@
     python examples/train_composer.py
     composer -n 2 examples/train_composer.py
 
-Needs `pip install mosaicml`. The only change to a script that uses Composer's own SAM is the import. Each rank climbs by
-the gradient of its own samples; checkpoints (save_folder=, load_path=) resume where they stopped.
+Needs `pip install mosaicml`. The only change to a script that uses Composer's own SAM is the import. Each rank climbs
+by the gradient of its own samples; checkpoints (save_folder=, load_path=) resume where they stopped.
 """
 
 import torch

@@ -7,6 +7,7 @@ no_sync and costs no communication. The second one is synchronised, and since w 
 the replicas stay equal. Without no_sync all ranks climb together, by the gradient of all samples.
 """
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -45,10 +46,11 @@ def train(form: str, epochs: int = 6) -> None:
         for batch in torch.randperm(1500).split(100):  # the same on all ranks
             mine = batch.chunk(dist.get_world_size())[dist.get_rank()]
             if form == "two calls":
-                with model.no_sync():
+                # With an interval there are plain steps, whose only gradient has to be synchronised.
+                with model.no_sync() if sam.is_sam_step else nullcontext():
                     backward(mine)
-                sam.first_step(zero_grad=True)
-                backward(mine)
+                if sam.first_step(zero_grad=True):
+                    backward(mine)
                 sam.second_step(zero_grad=True)
             else:  # first_pass_context= puts no_sync around the first of the two calls of closure
 
@@ -71,4 +73,6 @@ if __name__ == "__main__":
     dist.init_process_group()
     train("two calls")
     train("closure")
+    gc.collect()  # DistributedDataParallel, a cycle, lets go of the group
+    dist.barrier()  # gloo's threads let go of their last tensors, before Python exits
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ set_reshard_after_backward(False), call reshard() on each sharded module after f
 The checkpoint is loaded on any number of ranks, and training goes on where it was, also between the steps of interval=.
 """
 
+import gc
 import os
 import sys
 
@@ -77,6 +78,8 @@ def main(folder: str) -> None:
     if dist.get_rank() == 0:
         print(f"steps: {sam.param_groups[0]['sam_step']}")
         print(f"accuracy: {right.float().mean():.3f}")
+    gc.collect()  # the model, a cycle, lets go of the group
+    dist.barrier()  # gloo's threads let go of their last tensors, before Python exits
     dist.destroy_process_group()
 
 

@@ -137,5 +137,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         main(folder, options.steps, options.interval)
     if torch.distributed.is_initialized():
-        gc.collect()  # DistributedDataParallel goes first: as the last holder of gloo's process group it can hang
+        gc.collect()  # DistributedDataParallel, a cycle, lets go of the group
+        torch.distributed.barrier()  # gloo's threads let go of their last tensors, before Python exits
         torch.distributed.destroy_process_group()

@@ -9,14 +9,14 @@ Without Composer `SAMOptimizer` works, and `SAM` says what to install.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim import Optimizer
 
 from fastsam.arguments import COUNTER, check_interval, check_options
-from fastsam.optimizer import Closure, FusedSAM
+from fastsam.closures import Closure, Passes
+from fastsam.optimizer import FusedSAM
 
 try:
     from composer.core import Algorithm, Event
@@ -89,18 +89,8 @@ class SAMOptimizer(FusedSAM):
         for group in self.param_groups:
             group[COUNTER] = steps
 
-    def _run(self, closure: Closure | None) -> tuple[Any, bool]:
-        if closure is None or self.perturbed:  # after first_step(): the two-call form is FusedSAM's
-            return super()._run(closure)
-        train = cast(Callable[..., Any], closure)
-        is_sam_step = self._is_sam_step()
-        with torch.enable_grad():
-            loss = train(ddp_sync=False) if is_sam_step else train()
-        if loss is None or not is_sam_step:
-            return loss, loss is not None
-        self._perturb()
-        self.zero_grad()
-        return loss, self._call_above(lambda: train(loss_dict={})) is not None
+    def _passes(self, closure: Closure) -> Passes:
+        return Passes(partial(closure, ddp_sync=False), partial(closure, loss_dict={}), closure, by_trainer=True)
 
 
 class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not installed

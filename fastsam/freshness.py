@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastsam.distributed import is_dtensor, local
 
-__all__ = ["StaleGradients"]
+__all__ = ["StaleGradients", "after_zero_grad"]
 
 
 class StaleGradients:
@@ -39,3 +42,30 @@ class StaleGradients:
 def _version(g: Tensor) -> int:
     """Of a DTensor also its shard's: FSDP2 accumulates into the shard, torch's own ops into the DTensor."""
     return g._version + local(g)._version if is_dtensor(g) else g._version
+
+
+def after_zero_grad(base: Optimizer, mark: Callable[[], None]) -> None:
+    """Makes base.zero_grad call `mark` afterwards: the zeros that it writes are no gradient of a new backward.
+
+    Args:
+        base: the optimizer inside.
+        mark: a method of the FusedSAM around it, which is not kept alive.
+    """
+    base_ref, mark_ref = weakref.ref(base), weakref.WeakMethod(mark)
+    own = vars(base).get("zero_grad")  # somebody else's, or another FusedSAM's, put there before
+    if getattr(own, "base", base_ref)() is not base:
+        own = None  # of the optimizer that this one was copied from
+
+    @functools.wraps(type(base).zero_grad)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        base = cast(Optimizer, base_ref())
+        if own is None:
+            type(base).zero_grad(base, *args, **kwargs)
+        else:
+            own(*args, **kwargs)
+        mark = mark_ref()
+        if mark is not None:
+            mark()
+
+    zero_grad.base = base_ref  # type: ignore[attr-defined]
+    base.zero_grad = zero_grad  # type: ignore[method-assign]

@@ -11,10 +11,10 @@ from torch import Tensor
 from fastsam import backends
 from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
-from fastsam.bucket import ParameterBucket
-from fastsam.distributed import Shardings
+from fastsam.bucket import ParameterBucket, flatten_
+from fastsam.distributed import Shardings, is_dtensor
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "flatten_groups"]
 
 Group = dict[str, Any]
 
@@ -204,3 +204,20 @@ def _no_gradient_error() -> RuntimeError:
         "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure that computes "
         "the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
     )
+
+
+def flatten_groups(groups: list[Group], first: int = 0) -> None:
+    """Makes the parameters of the groups from `first` on views of one flat buffer for each device and dtype.
+
+    Raises:
+        ValueError: a parameter is a DTensor, or shares memory.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str]]] = {}
+    for i in range(first, len(groups)):
+        for j, p in enumerate(groups[i]["params"]):
+            if is_dtensor(p):
+                raise ValueError("flatten_parameters can't move DTensors, which belong to FSDP2 or tensor parallelism")
+            by_kind.setdefault((p.device, p.dtype), []).append((p, parameter_name(groups[i], i, j)))
+    for alike in by_kind.values():
+        params, names = zip(*alike, strict=True)
+        flatten_(params, names)

@@ -1,70 +1,18 @@
-"""Lightning: what it passes to `FusedSAM.step`, and a mixin for its modules. Lightning itself is not imported.
-
-Under automatic optimization a precision plugin calls ``optimizer.step(closure=partial(self._wrap_closure, module,
-optimizer, closure))``. The inner closure runs training_step, clears the gradients and goes backward;
-``_wrap_closure`` adds on_before_optimizer_step and the clipping. These belong to the gradient that the base optimizer
-steps by, so the pass at w does without: clipping by value would turn the ascent. ``optimizer.step()`` under manual
-optimization passes the same, around a closure that does nothing. In 16-mixed the plugin runs the closure once and then
-calls ``scaler.step(optimizer)``, without a closure.
-"""
+"""A mixin for Lightning's modules. Lightning itself is not imported; what it passes to ``step`` is in closures.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 
 from fastsam.batchnorm import frozen_running_stats
+from fastsam.closures import refuse_accumulation
 
 __all__ = ["SAMMixin"]
-
-SCALER_ADVICE = (
-    ". Lightning's automatic optimization in 16-mixed runs its closure only once: name fastsam.lightning.SAMMixin "
-    "before LightningModule, or use manual optimization as examples/train_lightning.py does"
-)
-"""For a scaler.step() that came without first_step()."""
-
-
-class WrappedClosure(NamedTuple):
-    """What Lightning wrapped."""
-
-    inner: Callable[[], Any]
-    automatic: bool
-    """It clears the gradients by itself; a loss of None means that training_step skips the batch."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether step() was called without a closure, under manual optimization."""
-        return getattr(self.inner, "__name__", "") == "do_nothing_closure"
-
-
-def unwrap(closure: Any) -> WrappedClosure | None:
-    """The closure inside of one of Lightning's; None for any other.
-
-    Raises:
-        RuntimeError: gradient accumulation under automatic optimization.
-    """
-    if not isinstance(closure, partial) or getattr(closure.func, "__name__", "") != "_wrap_closure":
-        return None
-    if not closure.args or not hasattr(module := closure.args[0], "automatic_optimization"):
-        return None  # somebody else's function of that name
-    inner = closure.args[-1]
-    if module.automatic_optimization:
-        refuse_accumulation(module.trainer)
-    return WrappedClosure(inner, module.automatic_optimization)
-
-
-def refuse_accumulation(trainer: Any) -> None:
-    """Raises a RuntimeError when the trainer adds up gradients over several batches."""
-    if (batches := trainer.accumulate_grad_batches) > 1:
-        raise RuntimeError(
-            f"accumulate_grad_batches={batches} can't work with automatic optimization: Lightning ran the earlier "
-            "batches of this step at w and won't run them again at w + e_w. Use manual optimization, as "
-            "examples/train_lightning.py does, or larger batches"
-        )
 
 
 class SAMMixin:
@@ -115,7 +63,7 @@ class SAMMixin:
         sam = optimizer.optimizer
         if not hasattr(sam, "first_pass_context"):
             raise TypeError(f"SAMMixin needs a FusedSAM from configure_optimizers, but got {type(sam).__name__}")
-        if not sam._is_sam_step():
+        if not sam.is_sam_step:
             optimizer.step(closure=closure)
             return
         with nullcontext() if sam.first_pass_context is None else sam.first_pass_context():

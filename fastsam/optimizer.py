@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar, cast, overload
@@ -15,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fastsam import amp, lightning
+from fastsam import amp, closures
 from fastsam.arguments import (
     COUNTER,
     OPTIONS,
@@ -24,17 +23,15 @@ from fastsam.arguments import (
     check_group,
     check_options,
     complete_group,
-    parameter_name,
 )
-from fastsam.bucket import flatten_
 from fastsam.checkpoint import to_base_state_dict
-from fastsam.distributed import is_dtensor, local
-from fastsam.freshness import StaleGradients
-from fastsam.layout import Layout
+from fastsam.closures import Closure, Passes
+from fastsam.distributed import local
+from fastsam.freshness import StaleGradients, after_zero_grad
+from fastsam.layout import Layout, flatten_groups
 
 __all__ = ["FusedSAM"]
 
-Closure = Callable[[], Any]
 Group = dict[str, Any]
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -170,7 +167,7 @@ class FusedSAM(Optimizer):
             }
         )
         if self.flatten_parameters:
-            _flatten(self.param_groups)
+            flatten_groups(self.param_groups)
 
     # -- the base optimizer's own --------------------------------------------------------------------------------------
 
@@ -208,6 +205,15 @@ class FusedSAM(Optimizer):
         return self._state.perturbed
 
     @property
+    def is_sam_step(self) -> bool:
+        """Whether the coming step, or the one under way, is a SAM step; else `interval` leaves it plain.
+
+        Ask before the first backward where that depends on it: with DistributedDataParallel, under ``no_sync`` the only
+        gradient of a plain step would differ between the ranks.
+        """
+        return bool((self.param_groups[0][COUNTER] + 1) % self.interval == 0)
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """The global gradient norm of the last ascent: a 0-d tensor on the device, None before the first.
 
@@ -237,7 +243,7 @@ class FusedSAM(Optimizer):
         """
         self._require_idle("first_step()")
         self._complete_groups()
-        if not self._is_sam_step():
+        if not self.is_sam_step:
             self._state.announced = True
             return False
         try:
@@ -373,7 +379,7 @@ class FusedSAM(Optimizer):
         try:
             check_group(groups, len(groups) - 1)
             if self.flatten_parameters:
-                _flatten(groups, len(groups) - 1)
+                flatten_groups(groups, len(groups) - 1)
         except BaseException:
             groups.pop()
             raise
@@ -434,7 +440,7 @@ class FusedSAM(Optimizer):
         # the class they would hide the instance's from Lightning's wrapper, which inherits from this class.
         super().__setstate__({"first_pass_context": None, "grad_scaler": None, **state})
         self._state = _State(self._backend)
-        _notify_zero_grad(self.base_optimizer, self)
+        after_zero_grad(self.base_optimizer, self._mark_stale)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -444,16 +450,16 @@ class FusedSAM(Optimizer):
         Returns:
             The loss at w, and whether the base optimizer may step by the gradients that are there.
         """
-        wrapped = lightning.unwrap(closure)
-        if closure is None or (wrapped is not None and wrapped.empty):
-            if not self._state.perturbed and self._is_sam_step():
+        passes = None if closure is None else self._passes(closure)
+        if passes is None or passes.empty:
+            if not self._state.perturbed and self.is_sam_step:
                 raise RuntimeError(
                     "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
                     "the gradients again before step() or second_step(), or pass step() a closure"
-                    + (lightning.SCALER_ADVICE if amp.in_scaler_step(self) else "")
+                    + closures.advice(amp.in_scaler_step(self))
                 )
-            if closure is not None:
-                closure()  # for Lightning's hook before a step
+            if passes is not None:
+                passes.plain()  # for the trainer's hooks
             return None, True
         if amp.in_scaler_step(self):
             raise RuntimeError(
@@ -463,29 +469,25 @@ class FusedSAM(Optimizer):
             )
         loss = None
         if not self._state.perturbed:
-            is_sam_step = self._is_sam_step()
-            automatic = wrapped is not None and wrapped.automatic
-            if automatic or not self._state.stale.any_fresh(self._parameters()):
-                # Not so the only pass of a plain step: that gradient is what the base optimizer steps by.
+            is_sam_step = self.is_sam_step
+            if passes.by_trainer or not self._state.stale.any_fresh(self._parameters()):
+                # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
                 context = self.first_pass_context if is_sam_step else None
-                run = wrapped.inner if wrapped is not None and is_sam_step else closure
                 with nullcontext() if context is None else context():
-                    loss = self._call(run)
-                if automatic and loss is None:
-                    return None, False  # training_step skips this batch
+                    loss = self._call(passes.at_w if is_sam_step else passes.plain)
+                if passes.by_trainer and loss is None:
+                    return None, False
             if not is_sam_step:
                 return loss, True
             self._perturb()
             self.zero_grad()
-        self._call_above(closure)
-        return loss, True
-
-    def _call_above(self, closure: Closure) -> Any:
-        """Runs the closure at w + e_w."""
-        loss = self._call(closure)
+        loss_above = self._call(passes.above)
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
-        return loss
+        return loss, not (passes.by_trainer and loss_above is None)
+
+    def _passes(self, closure: Closure) -> Passes:
+        return Passes.of(closure)
 
     @torch.enable_grad()
     def _call(self, closure: Closure) -> Any:
@@ -528,9 +530,6 @@ class FusedSAM(Optimizer):
             self._state.perturbed = False
             torch.clear_autocast_cache()
 
-    def _is_sam_step(self) -> bool:
-        return bool((self.param_groups[0][COUNTER] + 1) % self.interval == 0)
-
     def _is_state_initialisation(self) -> bool:
         """Whether this is torch.distributed.checkpoint filling the base's state: lr 0, gradients zero or none."""
         for group in self.param_groups:
@@ -563,41 +562,6 @@ class FusedSAM(Optimizer):
                 f"{what} while the weights are perturbed (w + e_w): finish the step with second_step(), or call "
                 "restore() to go back to w"
             )
-
-
-def _notify_zero_grad(base: Optimizer, sam: FusedSAM) -> None:
-    """Makes base.zero_grad mark the zeros that it writes: they are no gradient of a new backward."""
-    base_ref, sam_ref = weakref.ref(base), weakref.ref(sam)
-    own = vars(base).get("zero_grad")  # somebody else's, or another FusedSAM's, put there before
-    if getattr(own, "base", base_ref)() is not base:
-        own = None  # of the optimizer that this one was copied from
-
-    @functools.wraps(type(base).zero_grad)
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        base = cast(Optimizer, base_ref())
-        if own is None:
-            type(base).zero_grad(base, *args, **kwargs)
-        else:
-            own(*args, **kwargs)
-        sam = sam_ref()
-        if sam is not None:
-            sam._mark_stale()
-
-    zero_grad.base = base_ref  # type: ignore[attr-defined]
-    base.zero_grad = zero_grad  # type: ignore[method-assign]
-
-
-def _flatten(groups: list[Group], first: int = 0) -> None:
-    """Makes the parameters of the groups from `first` on views of one flat buffer for each device and dtype."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str]]] = {}
-    for i in range(first, len(groups)):
-        for j, p in enumerate(groups[i]["params"]):
-            if is_dtensor(p):
-                raise ValueError("flatten_parameters can't move DTensors, which belong to FSDP2 or tensor parallelism")
-            by_kind.setdefault((p.device, p.dtype), []).append((p, parameter_name(groups[i], i, j)))
-    for alike in by_kind.values():
-        params, names = zip(*alike, strict=True)
-        flatten_(params, names)
 
 
 def _or(result: Any, default: Any) -> Any:

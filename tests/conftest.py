@@ -10,6 +10,8 @@ import torch
 
 from fastsam import backends
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and texts are made here or come with a package
+
 STRICT = os.environ.get("CI") == "true"
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 

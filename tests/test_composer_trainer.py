@@ -19,7 +19,8 @@ from composer.trainer._scaler import ClosureGradScaler
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from fastsam import composer as ours
+import fastsam
+from fastsam import closures, composer as ours
 from tests.distributed import assert_same_bits, flat, on_ranks
 from tests.oracle import copies, same_bits
 
@@ -114,6 +115,18 @@ def test_it_trains_as_composers_sam(base, rho, interval, microbatch):
 def test_the_optimizer_may_be_wrapped_beforehand():
     wrapped = Run(wrap=lambda base: ours.SAMOptimizer(base, 0.1, interval=2))
     assert_same_training(wrapped, Run(ours.SAM(0.1, interval=2)), rtol=0, atol=0)
+
+
+def test_fused_sam_itself_says_what_to_use(monkeypatch):
+    """In Composer's Trainer it trains well, but both gradients are synchronised, and the logs count both losses."""
+    monkeypatch.setattr(closures, "_warned_of_composer", False)
+    said = []
+    monkeypatch.setattr(closures.warnings, "warn", lambda text, **_: said.append(text))
+    run = Run(wrap=lambda base: fastsam.FusedSAM(base, 0.1))
+    assert len([text for text in said if "use fastsam.composer.SAM" in text]) == 1
+    expected = Run(ours.SAM(0.1))
+    torch.testing.assert_close(run.weights, expected.weights, **FP32)
+    assert run.losses[0] > 1.5 * expected.losses[0]
 
 
 def test_schedulers_train_on():

@@ -157,3 +157,16 @@ def test_a_group_that_comes_later_keeps_the_count():
     extra.grad = torch.ones(2)
     assert two_calls(model, sam, 1) == "sam"
     assert two_calls(model, sam, 2) == "plain"
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_is_sam_step_tells_what_first_step_will(interval, backend):
+    model, sam = make(backend, interval)
+    for i in range(2 * interval):
+        before = sam.is_sam_step
+        backward(model, i)
+        assert sam.first_step(zero_grad=True) is before is ((i + 1) % interval == 0)
+        assert sam.is_sam_step is before  # until the step is done
+        if before:
+            backward(model, i)
+        sam.second_step(zero_grad=True)

@@ -1,0 +1,98 @@
+"""The passes of a step: how a closure is run at w and at w + e_w, and what trainers pass to ``step`` as one.
+
+Lightning, under automatic optimization: ``optimizer.step(closure=partial(self._wrap_closure, module, optimizer,
+closure))``. The inner closure clears the gradients, runs training_step and goes backward; ``_wrap_closure`` adds
+on_before_optimizer_step and the clipping. These belong to the gradient that the base optimizer steps by, so the pass at
+w does without: clipping by value would turn the ascent. Under manual optimization ``optimizer.step()`` passes the same,
+around a closure that does nothing. In 16-mixed Lightning runs the closure once, and then ``scaler.step(optimizer)``.
+
+Composer's closures are in fastsam.composer.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+__all__ = ["Closure", "Passes", "advice", "refuse_accumulation"]
+
+Closure = Callable[..., Any]
+
+
+class Passes(NamedTuple):
+    """A closure as each pass of a step runs it; each gives the loss."""
+
+    at_w: Closure
+    above: Closure
+    """At w + e_w."""
+    plain: Closure
+    """The only pass of a step that `interval` leaves plain."""
+    by_trainer: bool = False
+    """It clears the gradients that it finds, and gives None where the step is to be skipped."""
+    empty: bool = False
+    """It computes nothing: a trainer's stand-in for no closure."""
+
+    @classmethod
+    def of(cls, closure: Closure) -> Passes:
+        """The passes of a user's closure, or of Lightning's.
+
+        Raises:
+            RuntimeError: Lightning adds up gradients under automatic optimization.
+        """
+        if isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure":
+            module = closure.args[0] if closure.args else None
+            if hasattr(module, "automatic_optimization"):  # else somebody else's function of that name
+                return cls._of_lightning(closure, module)
+        if getattr(closure, "__module__", None) == "composer.trainer.trainer":
+            _warn_of_composer()
+        return cls(closure, closure, closure)
+
+    @classmethod
+    def _of_lightning(cls, closure: partial[Any], module: Any) -> Passes:
+        inner = closure.args[-1]
+        if module.automatic_optimization:
+            refuse_accumulation(module.trainer)
+            return cls(inner, closure, closure, by_trainer=True)
+        return cls(inner, closure, closure, empty=getattr(inner, "__name__", "") == "do_nothing_closure")
+
+
+def refuse_accumulation(trainer: Any) -> None:
+    """Raises a RuntimeError when Lightning's trainer adds up gradients over several batches."""
+    if (batches := trainer.accumulate_grad_batches) > 1:
+        raise RuntimeError(
+            f"accumulate_grad_batches={batches} can't work with automatic optimization: Lightning ran the earlier "
+            "batches of this step at w and won't run them again at w + e_w. Use manual optimization, as "
+            "examples/train_lightning.py does, or larger batches"
+        )
+
+
+def advice(in_scaler_step: bool) -> str:
+    """What to add, for the trainers that are imported, to the error of a step without a perturbation."""
+    if in_scaler_step and ("lightning" in sys.modules or "pytorch_lightning" in sys.modules):
+        return (
+            ". Lightning's automatic optimization in 16-mixed runs its closure only once: name "
+            "fastsam.lightning.SAMMixin before LightningModule, or use manual optimization as "
+            "examples/train_lightning.py does"
+        )
+    if "transformers.trainer" in sys.modules:
+        return ". In the Transformers Trainer: use SAMTrainer, from examples/train_transformers.py"
+    if "accelerate" in sys.modules:
+        return ". With Accelerate: sam.optimizer.first_step(), as in examples/train_accelerate.py"
+    return ""
+
+
+_warned_of_composer = False
+
+
+def _warn_of_composer() -> None:
+    global _warned_of_composer
+    if not _warned_of_composer:
+        _warned_of_composer = True
+        warnings.warn(
+            "FusedSAM in Composer's Trainer logs the losses of both passes added up, and synchronises both gradients: "
+            "use fastsam.composer.SAM, or fastsam.composer.SAMOptimizer",
+            stacklevel=2,
+        )
