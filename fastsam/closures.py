@@ -11,13 +11,14 @@ Composer's closures are in fastsam.composer.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-__all__ = ["Closure", "Passes", "advice", "refuse_accumulation"]
+__all__ = ["Closure", "Passes", "advice", "check_lightning", "is_forward_only"]
 
 Closure = Callable[..., Any]
 
@@ -40,7 +41,7 @@ class Passes(NamedTuple):
         """The passes of a user's closure, or of Lightning's.
 
         Raises:
-            RuntimeError: Lightning adds up gradients under automatic optimization.
+            RuntimeError: as `check_lightning`; or a module goes past SAMMixin.
         """
         if isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure":
             module = closure.args[0] if closure.args else None
@@ -53,19 +54,44 @@ class Passes(NamedTuple):
     @classmethod
     def _of_lightning(cls, closure: partial[Any], module: Any) -> Passes:
         inner = closure.args[-1]
-        if module.automatic_optimization:
-            refuse_accumulation(module.trainer)
-            return cls(inner, closure, closure, by_trainer=True)
-        return cls(inner, closure, closure, empty=getattr(inner, "__name__", "") == "do_nothing_closure")
+        if not module.automatic_optimization:
+            return cls(inner, closure, closure, empty=getattr(inner, "__name__", "") == "do_nothing_closure")
+        if is_forward_only(module.trainer):
+
+            def skip() -> None:
+                inner()
+
+            return cls(skip, skip, skip, by_trainer=True)
+        check_lightning(module)
+        if not getattr(module, "_in_optimizer_step", True):
+            raise RuntimeError(
+                f"{type(module).__name__}.optimizer_step goes past SAMMixin's: call super().optimizer_step(epoch, "
+                "batch_idx, optimizer, optimizer_closure) in the place of optimizer.step(closure=optimizer_closure)"
+            )
+        return cls(inner, closure, closure, by_trainer=True)
 
 
-def refuse_accumulation(trainer: Any) -> None:
-    """Raises a RuntimeError when Lightning's trainer adds up gradients over several batches."""
-    if (batches := trainer.accumulate_grad_batches) > 1:
+def is_forward_only(trainer: Any) -> bool:
+    """Whether Lightning's StochasticWeightAveraging only wants BatchNorm's statistics: there is no gradient then."""
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def check_lightning(module: Any) -> None:
+    """Checks what automatic optimization would run at w and at w + e_w.
+
+    Raises:
+        RuntimeError: the trainer adds up gradients over several batches; or training_step fetches its batches.
+    """
+    if (batches := module.trainer.accumulate_grad_batches) > 1:
         raise RuntimeError(
             f"accumulate_grad_batches={batches} can't work with automatic optimization: Lightning ran the earlier "
             "batches of this step at w and won't run them again at w + e_w. Use manual optimization, as "
             "examples/train_lightning.py does, or larger batches"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise RuntimeError(
+            "training_step(dataloader_iter) can't work with automatic optimization: its second run, at w + e_w, would "
+            "fetch another batch. Use training_step(batch, batch_idx), or manual optimization"
         )
 
 
@@ -73,9 +99,9 @@ def advice(in_scaler_step: bool) -> str:
     """What to add, for the trainers that are imported, to the error of a step without a perturbation."""
     if in_scaler_step and ("lightning" in sys.modules or "pytorch_lightning" in sys.modules):
         return (
-            ". Lightning's automatic optimization in 16-mixed runs its closure only once: name "
-            "fastsam.lightning.SAMMixin before LightningModule, or use manual optimization as "
-            "examples/train_lightning.py does"
+            ". Lightning's automatic optimization in 16-mixed runs its closure only once: it needs "
+            "fastsam.lightning.SAMMixin before LightningModule, and super().optimizer_step() where you override it. "
+            "Manual optimization needs first_step(), as in examples/train_lightning.py"
         )
     if "transformers.trainer" in sys.modules:
         return ". In the Transformers Trainer: use SAMTrainer, from examples/train_transformers.py"

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from fastsam.arguments import COUNTER
 from fastsam.batchnorm import frozen_running_stats
-from fastsam.closures import refuse_accumulation
+from fastsam.closures import check_lightning, is_forward_only
 
 __all__ = ["SAMMixin"]
 
@@ -35,7 +36,9 @@ class SAMMixin:
     """
 
     trainer: Any
+    _in_optimizer_step = False
     _second_pass = False
+    _skipped = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,51 +59,69 @@ class SAMMixin:
 
         Raises:
             TypeError: another optimizer.
-            RuntimeError: gradient accumulation.
+            RuntimeError: gradient accumulation, or a training_step that takes an iterator.
         """
         closure = cast("Callable[[], Any]", optimizer_closure)
-        refuse_accumulation(self.trainer)
+        if is_forward_only(self.trainer):
+            closure()
+            return
+        check_lightning(self)
         sam = optimizer.optimizer
         if not hasattr(sam, "first_pass_context"):
             raise TypeError(f"SAMMixin needs a FusedSAM from configure_optimizers, but got {type(sam).__name__}")
+        steps = sam.param_groups[0].get(COUNTER, 0)
+        self._in_optimizer_step = True
+        try:
+            with sam:
+                self._run_passes(sam, closure, partial(super().optimizer_step, epoch, batch_idx, optimizer))  # type: ignore[misc]
+        finally:
+            self._in_optimizer_step = self._skipped = False
+        if sam.param_groups[0].get(COUNTER, 0) == steps:  # skipped where Lightning does not tell the optimizer
+            sam._count_step()
+
+    def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:
         if not sam.is_sam_step:
-            optimizer.step(closure=closure)
+            step(partial(self._run, closure))
             return
         with nullcontext() if sam.first_pass_context is None else sam.first_pass_context():
-            loss = closure()
-        if loss is None:  # training_step skips this batch
-            return
-        with sam:
+            self._run(closure)
+        if not self._skipped:
             sam.first_step(zero_grad=True)
-            optimizer.step(closure=partial(self._run_second_pass, closure))
+            step(partial(self._run_second_pass, closure))
 
     def _run_second_pass(self, closure: Callable[[], Any]) -> Any:
         self._second_pass = True
         try:
             with frozen_running_stats(cast(nn.Module, self)):
-                return closure()
+                return self._run(closure)
         finally:
             self._second_pass = False
+
+    def _run(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._skipped = loss is None  # by training_step
+        return loss
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Lightning's ``log``, which does nothing in the pass at w + e_w."""
         if not self._second_pass:
             super().log(*args, **kwargs)  # type: ignore[misc]
 
-    def configure_gradient_clipping(
+    def clip_gradients(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Lightning's hook. In 16-mixed it unscales the gradients first, where Lightning refuses to clip.
+        """Lightning's ``clip_gradients``. In 16-mixed it unscales the gradients first, where Lightning refuses to clip.
 
         Args:
-            optimizer: the FusedSAM.
-            gradient_clip_val: the trainer's.
-            gradient_clip_algorithm: the trainer's.
+            optimizer: the FusedSAM, or Lightning's wrapper of it.
+            gradient_clip_val: bound of the norm or of each value; None takes the trainer's.
+            gradient_clip_algorithm: "norm" or "value"; None takes the trainer's.
         """
-        plugin = self.trainer.precision_plugin
-        if not gradient_clip_val or getattr(plugin, "scaler", None) is None:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
+        if self._skipped:
             return
-        plugin.scaler.unscale_(optimizer)
-        clip = plugin.clip_grad_by_value if gradient_clip_algorithm == "value" else plugin.clip_grad_by_norm
-        clip(optimizer, gradient_clip_val)
+        sam = getattr(optimizer, "optimizer", optimizer)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and (gradient_clip_val or self.trainer.gradient_clip_val):
+            scaler.unscale_(sam)
+        with sam._clippable():
+            super().clip_gradients(sam, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]

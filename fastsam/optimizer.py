@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -47,7 +47,7 @@ class _State:
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
         self.announced = False  # first_step() said that this is a plain step
-        self.in_closure = False
+        self.clippable = False  # the gradients, to Lightning
 
 
 class FusedSAM(Optimizer):
@@ -195,7 +195,7 @@ class FusedSAM(Optimizer):
 
         In a closure it is Lightning that asks, before it clips: it clips no gradients that may carry a loss scale.
         """
-        return not self._state.in_closure
+        return not self._state.clippable
 
     # -- the sharpness-aware step --------------------------------------------------------------------------------------
 
@@ -211,6 +211,7 @@ class FusedSAM(Optimizer):
         Ask before the first backward where that depends on it: with DistributedDataParallel, under ``no_sync`` the only
         gradient of a plain step would differ between the ranks.
         """
+        self._complete_groups()
         return bool((self.param_groups[0][COUNTER] + 1) % self.interval == 0)
 
     @property
@@ -296,9 +297,7 @@ class FusedSAM(Optimizer):
         self._restore()
         if valid:
             amp.step(self.grad_scaler, self, self.base_optimizer)
-        for group in self.param_groups:
-            group[COUNTER] += 1
-        self._mark_stale()
+        self._count_step()
         return loss
 
     @staticmethod
@@ -375,7 +374,9 @@ class FusedSAM(Optimizer):
         self._complete_groups()
         groups = self.param_groups
         options = {key: self.defaults[key] for key in OPTIONS}
-        self.base_optimizer.add_param_group(complete_group(dict(param_group), options, groups[0][COUNTER]))
+        self.base_optimizer.add_param_group(
+            complete_group(dict(param_group), options, groups[0][COUNTER] if groups else 0)
+        )
         try:
             check_group(groups, len(groups) - 1)
             if self.flatten_parameters:
@@ -459,7 +460,7 @@ class FusedSAM(Optimizer):
                     + closures.advice(amp.in_scaler_step(self))
                 )
             if passes is not None:
-                passes.plain()  # for the trainer's hooks
+                self._call(passes.plain)  # for the trainer's hooks
             return None, True
         if amp.in_scaler_step(self):
             raise RuntimeError(
@@ -486,16 +487,27 @@ class FusedSAM(Optimizer):
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss, not (passes.by_trainer and loss_above is None)
 
+    def _count_step(self) -> None:
+        for group in self.param_groups:
+            group[COUNTER] += 1
+        self._mark_stale()
+
     def _passes(self, closure: Closure) -> Passes:
         return Passes.of(closure)
 
     @torch.enable_grad()
     def _call(self, closure: Closure) -> Any:
-        self._state.in_closure = True
-        try:
+        with self._clippable():
             return closure()
+
+    @contextmanager
+    def _clippable(self) -> Generator[None, None, None]:
+        """Where Lightning may clip; see `_step_supports_amp_scaling`."""
+        self._state.clippable = True
+        try:
+            yield
         finally:
-            self._state.in_closure = False
+            self._state.clippable = False
 
     def _perturb(self) -> None:
         state = self._state

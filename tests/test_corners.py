@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from fastsam import FusedSAM
+from tests.linear import backward, make
 
 INTERPRETED = False  # the GPU kernels square in fp32
 
@@ -175,3 +176,27 @@ def test_kept_backup_of_an_earlier_step_is_never_restored(backend):
     p.data = p.data.double()
     sam.restore()
     assert p.tolist() == [2.0] * 3
+
+
+def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_count():
+    """As Composer's FSDP2 does, to put other parameters in."""
+    model, sam = make(interval=2)
+    backward(model)
+    assert not sam.first_step()
+    sam.second_step(zero_grad=True)
+    groups = list(sam.param_groups)
+    sam.param_groups.clear()
+    for group in groups:
+        sam.add_param_group(group)
+    assert sam.param_groups[0]["rho"] == 0.5
+    assert sam.param_groups[0]["sam_step"] == 1
+    assert sam.is_sam_step
+    sam.param_groups.clear()
+    sam.add_param_group({"params": list(model.parameters())})
+    assert sam.param_groups[0]["sam_step"] == 0
+
+
+def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state():
+    model, sam = make(interval=2)
+    sam.base_optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    assert not sam.is_sam_step

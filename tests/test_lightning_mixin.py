@@ -151,7 +151,9 @@ def test_16_mixed_without_the_mixin_is_refused(interval: int, tmp_path: Path) ->
     module = Module(interval=interval)
     start = flat(module.parameters())
     runner = trainer(tmp_path, plugins=fp16())
-    with pytest.raises(RuntimeError, match=r"16-mixed runs its closure only once: name fastsam\.lightning\.SAMMixin"):
+    with pytest.raises(
+        RuntimeError, match=r"16-mixed runs its closure only once: it needs fastsam\.lightning\.SAMMixin"
+    ):
         runner.fit(module, loader())
     assert runner.global_step == interval - 1
     assert same_bits(flat(module.parameters()), start) == (interval == 1)
