@@ -25,21 +25,22 @@ def train(accelerator, model, sam, scheduler, loader, epochs: int) -> None:
     def backward(x: Tensor, y: Tensor) -> None:
         accelerator.backward(nn.functional.cross_entropy(model(x), y))
 
-    for _ in range(epochs):
-        for batch in loader:
-            window.append(batch)
-            with accelerator.accumulate(model):
-                backward(*batch)
-                if accelerator.sync_gradients:
-                    if sam.optimizer.first_step(zero_grad=True):
-                        for micro_batch in window:
-                            with nullcontext() if micro_batch is window[-1] else accelerator.no_sync(model):
-                                backward(*micro_batch)
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                    window.clear()
-                sam.step()
-                scheduler.step()
-                sam.zero_grad()
+    with sam.optimizer:  # whatever ends this block, Ctrl-C too, leaves the weights at w
+        for _ in range(epochs):
+            for batch in loader:
+                window.append(batch)
+                with accelerator.accumulate(model):
+                    backward(*batch)
+                    if accelerator.sync_gradients:
+                        if sam.optimizer.first_step(zero_grad=True):
+                            for micro_batch in window:
+                                with nullcontext() if micro_batch is window[-1] else accelerator.no_sync(model):
+                                    backward(*micro_batch)
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                        window.clear()
+                    sam.step()
+                    scheduler.step()
+                    sam.zero_grad()
 
 
 def main(epochs: int = 10, mixed_precision: str = "no") -> float:

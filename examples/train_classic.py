@@ -4,7 +4,7 @@
     python examples/train_classic.py --sam --rho 0.1 --output run.pt --resume run.pt      # goes on after a stop
     torchrun --standalone --nproc-per-node 2 examples/train_classic.py --sam --rho 0.1 --amp bf16
 
-SAM is what follows `if args.sam`: the optimizer, the second gradient, and the way back to w if anything fails. Mixed
+SAM is where `args.sam` is: the optimizer, the second gradient, and the way back to w if anything fails. Mixed
 precision, data parallel training, micro-batches, clipping, schedule, EMA and checkpoints are as they are without it.
 """
 
@@ -46,7 +46,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--clip-grad-norm", type=float)
     add("--ema-decay", type=float, default=0.95)
     add("--sam", action="store_true", help="sharpness-aware minimization")
-    add("--rho", type=float, default=0.05, help="radius of SAM's neighbourhood")
+    add(
+        "--rho",
+        type=float,
+        default=0.05,
+        help="radius of SAM's neighbourhood; a resumed run keeps its own, and --adaptive",
+    )
     add("--adaptive", action="store_true", help="ASAM, which wants a larger rho, such as 0.5")
     add("--interval", type=int, default=1, help="every how many steps SAM computes its second gradient")
     add("--amp", choices=DTYPES, default="none")
@@ -167,13 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint = torch.load(args.resume, map_location=device)
         done = checkpoint["epochs"]
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint[name]:  # a scaler that was off saved nothing
+                part.load_state_dict(checkpoint[name])
+        if rank == 0 and done >= args.epochs:
+            print(f"nothing to do: {done} epochs are done")
 
     for epoch in range(done, args.epochs):
         sampler.set_epoch(epoch)
         torch.manual_seed(args.seed + epoch * size + rank)  # of the augmentation, known again after a resume
         loss = train_epoch(model, loader, optimizer, scheduler, scaler, ema, args)
-        if size > 1:  # BatchNorm's statistics are each process's own; take one's for all
+        if size > 1:  # BatchNorm's statistics differ by now; take one process's for all
             for buffer in [*net.buffers(), *ema.buffers()]:
                 dist.broadcast(buffer, 0)
         right = torch.stack([count_right(net, *test), count_right(ema, *test)])

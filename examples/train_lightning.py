@@ -60,23 +60,26 @@ class ManualDigits(Digits):
         self.waiting.append(batch)
         if len(self.waiting) < self.micro_batches and not self.trainer.is_last_batch:
             return
-        sam = self.optimizers()
-        loss = self.backward_all()
-        if sam.first_step(zero_grad=True):  # False on a step that `interval` leaves plain
-            with frozen_running_stats(self):
-                self.backward_all()
-        sam.second_step(zero_grad=True)  # by way of Lightning, which counts it and, in 16-mixed, unscales the gradients
-        self.log("training loss", loss, on_step=False, on_epoch=True)
+        samples = sum(len(y) for _, y in self.waiting)
+        with self.optimizers() as sam:  # whatever ends this block leaves the weights at w
+            loss = self.backward_all(samples)
+            if sam.first_step(zero_grad=True):  # False on a step that `interval` leaves plain
+                with frozen_running_stats(self):
+                    self.backward_all(samples)
+            sam.second_step(zero_grad=True)  # by way of Lightning: it counts the step and, in 16-mixed, unscales
+        self.log("training loss", loss, on_step=False, on_epoch=True, batch_size=samples)
         self.waiting.clear()
 
-    def backward_all(self) -> Tensor:
-        samples = sum(len(y) for _, y in self.waiting)
+    def backward_all(self, samples: int) -> Tensor:
         total = torch.zeros((), device=self.device)
         for batch in self.waiting:
             loss = self.loss(batch) * len(batch[1]) / samples
             self.manual_backward(loss)
             total += loss.detach()
         return total
+
+    def on_train_epoch_start(self) -> None:
+        self.waiting.clear()  # of a run that was interrupted
 
     def on_train_epoch_end(self) -> None:
         self.lr_schedulers().step()  # manual optimization leaves schedulers to you

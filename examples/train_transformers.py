@@ -3,8 +3,8 @@
     python examples/train_transformers.py
     torchrun --standalone --nproc-per-node 2 examples/train_transformers.py
 
-SAMTrainer is the recipe to copy. Everything in TrainingArguments keeps its meaning: gradient accumulation, clipping,
-schedule, mixed precision, gradient checkpointing, checkpoints and resuming, DistributedDataParallel.
+SAMTrainer is the recipe to copy. TrainingArguments keep their meaning: gradient accumulation, clipping, schedule, mixed
+precision, gradient checkpointing, checkpoints and resuming, DistributedDataParallel.
 """
 
 import argparse
@@ -28,11 +28,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastsam import FusedSAM
+from fastsam import FusedSAM, frozen_running_stats
 
 
 class SAMTrainer(Trainer):
-    """The Trainer with FusedSAM around its optimizer; rho, interval and adaptive are FusedSAM's."""
+    """The Trainer with FusedSAM around its optimizer; rho, interval and adaptive are FusedSAM's.
+
+    When a checkpoint is resumed, its rho and adaptive win. Not for DeepSpeed, nor for optim="schedule_free_...",
+    "lomo", "adalomo" or "..._layerwise".
+    """
 
     def __init__(self, *args, rho=0.05, interval=1, adaptive=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -44,23 +48,30 @@ class SAMTrainer(Trainer):
             self.optimizer = FusedSAM(optimizer, **self.sam_options)
         return self.optimizer
 
-    def get_batch_samples(self, *args):
-        self.window, num_items_in_batch = super().get_batch_samples(*args)  # the micro-batches of the next step
-        return self.window, num_items_in_batch
+    def _inner_training_loop(self, *args, **kwargs):
+        self.window = []  # the micro-batches of the coming step
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if isinstance(sam := getattr(self.optimizer, "optimizer", None), FusedSAM):
+                sam.restore()  # after Ctrl-C, or without memory, in a second pass
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        sam = self.optimizer.optimizer  # inside Accelerate's wrapper
-        if self.accelerator.sync_gradients and sam.first_step(zero_grad=True):
-            try:
-                for i, micro_batch in enumerate(self.window, start=1):
-                    last = i == len(self.window)
-                    with nullcontext() if last else self.accelerator.no_sync(model):
-                        super().training_step(model, micro_batch, num_items_in_batch)
-            except BaseException:
-                sam.restore()
-                raise
+        # And what it was divided by: the Trainer takes a window that the data cut short along into the next epoch.
+        self.window.append((inputs, num_items_in_batch, self.current_gradient_accumulation_steps))
+        if self.accelerator.sync_gradients:
+            if self.optimizer.optimizer.first_step(zero_grad=True):  # .optimizer: inside Accelerate's wrapper
+                self.second_pass(model)
+            self.window.clear()
         return loss  # at w; the Trainer clips and steps by the gradients at w + e_w
+
+    def second_pass(self, model):
+        with frozen_running_stats(model):
+            for i, (inputs, num_items_in_batch, accumulated) in enumerate(self.window, start=1):
+                self.current_gradient_accumulation_steps = accumulated
+                with nullcontext() if i == len(self.window) else self.accelerator.no_sync(model):
+                    super().training_step(model, inputs, num_items_in_batch)
 
     def _save_checkpoint(self, model, trial):
         if self.optimizer.optimizer.perturbed:  # enable_jit_checkpoint saves just before the step: do it after

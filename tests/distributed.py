@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -88,9 +89,15 @@ def torchrun(example: str, *args: str) -> dict[str, str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     command += [f"examples/{example}", *args]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert result.returncode == 0, result.stderr
-    return dict(line.split(": ") for line in result.stdout.splitlines())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its workers; killed, it would leave them running
+            out, err = process.communicate()
+    assert process.returncode == 0, err
+    return dict(re.findall(r"^(.*): (.*)$", out, flags=re.MULTILINE))
 
 
 def _serve(rank: int, world_size: int, store: Path, pipe: multiprocessing.connection.Connection) -> None:

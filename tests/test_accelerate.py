@@ -224,6 +224,22 @@ def test_fp16_scaler_skips_a_step_and_does_not_say_so() -> None:
     assert_close(copies(model.parameters()), expected)
 
 
+def test_the_recipe_leaves_w_after_an_exception() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, sam, scheduler, loader = prepare(accelerator)
+    start = copies(model.parameters())
+
+    def interrupt(*_: Any) -> None:
+        if sam.optimizer.perturbed:
+            assert not same_bits(copies(model.parameters()), start)
+            raise KeyboardInterrupt
+
+    model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_accelerate.train(accelerator, model, sam, scheduler, loader, epochs=1)
+    assert same_bits(copies(model.parameters()), start)
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_loss_scaling_with_accumulation_and_clipping(known: bool) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

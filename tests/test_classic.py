@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,8 +42,11 @@ def run(output: Path, *flags: str) -> dict[str, Any]:
 # -- the oracle: the same training in plain torch ----------------------------------------------------------------------
 
 
-def oracle(flags: list[str]) -> dict[str, dict[str, Tensor]]:
-    """State dicts of the network and of its EMA, as the script's flags ask for them, in fp32 on one process."""
+def oracle(flags: list[str], ranks: int = 1) -> dict[str, Any]:
+    """As the script's flags ask for it, in fp32: state dicts of the network and of its EMA, the last epoch's mean loss.
+
+    Of several ranks each climbs by the gradient of its own samples. Their statistics of BatchNorm are not kept apart.
+    """
     args = script.parse(flags)
     torch.manual_seed(args.seed)
     net = script.cnn()
@@ -52,13 +56,15 @@ def oracle(flags: list[str]) -> dict[str, dict[str, Tensor]]:
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors}], args.lr, args.momentum
     )
     average: dict[str, Tensor] = {}
-    for step, (images, labels) in enumerate(batches(args)):
+    losses = []
+    for step, shares in enumerate(zip(*(list(batches(args, ranks, rank)) for rank in range(ranks)), strict=True)):
         for group in sgd.param_groups:
             group["lr"] = args.lr * rate(step, args.warmup_epochs * STEPS, args.epochs * STEPS)
         climbs = args.sam and (step + 1) % args.interval == 0
-        rho = args.rho if climbs else 0.0
-        for p, g in zip(net.parameters(), gradients(net, images, labels, rho, args), strict=True):
-            p.grad = g
+        passes = [gradients(net, x, y, args.rho if climbs else 0.0, args) for x, y in shares]
+        losses.append(passes[0][0])
+        for p, *g in zip(net.parameters(), *(g for _, g in passes), strict=True):
+            p.grad = sum(g) / ranks
         if args.clip_grad_norm is not None:
             norm = flat([p.grad for p in net.parameters()]).norm()
             for p in net.parameters():
@@ -67,17 +73,17 @@ def oracle(flags: list[str]) -> dict[str, dict[str, Tensor]]:
         for name, t in net.state_dict().items():
             rest = 1 - args.ema_decay if step else 1.0
             average[name] = (average.get(name, 0) * (1 - rest) + t * rest).to(t.dtype)
-    return {"model": dict(net.state_dict()), "ema": average}
+    return {"model": dict(net.state_dict()), "ema": average, "loss": sum(losses[-STEPS:]) / STEPS}
 
 
-def batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    images, labels = (torch.as_tensor(a)[: BATCH * STEPS] for a in load_digits(return_X_y=True))
+def batches(args: argparse.Namespace, ranks: int, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = (torch.as_tensor(a)[: ranks * BATCH * STEPS] for a in load_digits(return_X_y=True))
     images = images.float().reshape(-1, 1, 8, 8) / 16
     data = TensorDataset(images, labels)
-    sampler = DistributedSampler(data, 1, 0, seed=args.seed)
+    sampler = DistributedSampler(data, ranks, rank, seed=args.seed)
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
-        torch.manual_seed(args.seed + epoch)
+        torch.manual_seed(args.seed + epoch * ranks + rank)
         for x, y in DataLoader(data, BATCH, sampler=sampler):
             yield script.augment(x), y
 
@@ -88,29 +94,33 @@ def rate(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def gradients(net: nn.Module, images: Tensor, labels: Tensor, rho: float, args: argparse.Namespace) -> list[Tensor]:
-    """At w + e_w where rho is not 0. Only the pass at w moves BatchNorm's statistics."""
+def gradients(
+    net: nn.Module, images: Tensor, labels: Tensor, rho: float, args: argparse.Namespace
+) -> tuple[float, list[Tensor]]:
+    """The loss at w; the gradients at w + e_w where rho is not 0. Only the pass at w moves BatchNorm's statistics."""
     weights = list(net.parameters())
 
-    def at_these_weights() -> list[Tensor]:
-        parts = zip(images.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True)
-        losses = [nn.functional.cross_entropy(net(x), y, label_smoothing=args.label_smoothing) for x, y in parts]
-        return list(torch.autograd.grad(sum(losses) / len(losses), weights))
+    def at_these_weights() -> tuple[float, list[Tensor]]:
+        total = torch.zeros(())
+        for x, y in zip(images.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True):
+            losses = nn.functional.cross_entropy(net(x), y, label_smoothing=args.label_smoothing, reduction="none")
+            total = total + losses.sum() / len(labels)
+        return total.item(), list(torch.autograd.grad(total, weights))
 
-    g = at_these_weights()
+    loss, g = at_these_weights()
     if not rho:
-        return g
+        return loss, g
     saved, statistics = copies(weights), copies(net.buffers())
     with torch.no_grad():
         climb = [w.abs() * g if args.adaptive else g for w, g in zip(weights, g, strict=True)]
         norm = flat(climb).double().norm()
         for w, c in zip(weights, climb, strict=True):
             w += (w.abs() if args.adaptive else 1) * c * (rho / norm)
-    g = at_these_weights()
+    _, g = at_these_weights()
     with torch.no_grad():
         for t, before in zip([*weights, *net.buffers()], saved + statistics, strict=True):
             t.copy_(before)
-    return g
+    return loss, g
 
 
 def averaged(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -125,17 +135,20 @@ def averaged(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         "--clip-grad-norm 1 --label-smoothing 0.1",
         "--sam --rho 0.1",
         "--sam --rho 0.1 --interval 2 --clip-grad-norm 1 --label-smoothing 0.1",
+        "--sam --rho 0.1 --accumulate 3",  # of 17, 17 and 16 images
         "--sam --rho 0.5 --adaptive --accumulate 5",
     ],
 )
 @pytest.mark.usefixtures("few_images")
-def test_same_as_a_loop_without_fastsam(flags: str, tmp_path: Path) -> None:
+def test_same_as_a_loop_without_fastsam(flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--epochs", "3", *flags.split()]
     checkpoint, expected = run(tmp_path / "run.pt", *flags), oracle(flags)
     if flags == ["--epochs", "3"]:
         assert_equal(dict(checkpoint["model"]), expected["model"])
     torch.testing.assert_close(dict(checkpoint["model"]), expected["model"], rtol=TOL, atol=TOL)
     torch.testing.assert_close(averaged(checkpoint), expected["ema"], rtol=TOL, atol=TOL)
+    (printed,) = re.findall(r"epoch 3: loss ([\d.]+)", capsys.readouterr().out)
+    assert float(printed) == pytest.approx(expected["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("interval", ["1", "2"])
@@ -264,12 +277,12 @@ def test_resuming_equals_not_stopping(amp: str, tmp_path: Path, few_images: None
 def test_going_on_with_sam_where_a_plain_run_ended(tmp_path: Path) -> None:
     """And the other way round: fastsam's keys in the param groups do no harm to SGD."""
     path = tmp_path / "run.pt"
-    for epochs, flags in ((1, []), (2, ["--sam", "--rho", "0.1"]), (3, [])):
+    for epochs, flags in ((1, []), (2, ["--sam", "--rho", "0.1", "--amp", "fp16"]), (3, [])):
         run(path, "--epochs", str(epochs), *(["--resume", str(path)] if epochs > 1 else []), *flags)
     assert torch.load(path)["optimizer"]["param_groups"][0]["sam_step"] == STEPS
 
 
-def check_replicas(interval: str) -> None:
+def check_replicas(flags: list[str]) -> list[Tensor]:
     nets: list[nn.Module] = []
 
     def cnn() -> nn.Module:
@@ -279,16 +292,21 @@ def check_replicas(interval: str) -> None:
     make, script.cnn = script.cnn, cnn
     script.TRAINING_IMAGES = 2 * BATCH * STEPS
     try:
-        script.main(["--device", "cpu", "--sam", "--rho", "0.1", "--interval", interval, "--epochs", "1"])
+        script.main(["--device", "cpu", *flags])
     finally:
         script.cnn = make
     for t in nets[0].state_dict().values():
         assert_same_bits(t)
+    return copies(nets[0].parameters())
 
 
 @pytest.mark.parametrize("interval", ["1", "2"])
-def test_replicas_stay_equal(interval: str) -> None:
-    on_ranks(2, check_replicas, interval)
+def test_replicas_stay_equal_and_climb_by_their_own_gradients(interval: str) -> None:
+    flags = ["--sam", "--rho", "0.1", "--interval", interval, "--epochs", "1"]
+    trained, _ = on_ranks(2, check_replicas, flags)
+    expected = oracle(flags, ranks=2)["model"]
+    for (name, _), p in zip(script.cnn().named_parameters(), trained, strict=True):
+        torch.testing.assert_close(p, expected[name], rtol=TOL, atol=TOL)
 
 
 def test_resuming_two_processes_equals_not_stopping(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -190,10 +190,10 @@ class Weights(Callback):
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_the_recipe_for_micro_batches(precision: str, tmp_path: Path) -> None:
-    """examples/train_lightning.py's module: groups of 3, 3 and 1 micro-batches, the last of them smaller."""
+    """examples/train_lightning.py's module: groups of 3, 3 and 2 micro-batches, the last of them smaller."""
     torch.manual_seed(0)
     module = importlib.import_module("examples.train_lightning").ManualDigits(micro_batches=3)
-    x, y = torch.rand(26, 64), torch.randint(0, 10, (26,))
+    x, y = torch.rand(30, 64), torch.randint(0, 10, (30,))
     micro_batches = list(zip(x.split(4), y.split(4), strict=True))
     layers = copy.deepcopy(module.layers)
     base = torch.optim.SGD(layers.parameters(), lr=0.1, momentum=0.9)
@@ -201,14 +201,19 @@ def test_the_recipe_for_micro_batches(precision: str, tmp_path: Path) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, 6)
     expected = []
     for _ in range(EPOCHS):
+        losses: list[float] = []  # of an epoch, at w, weighted by samples
         for group in (micro_batches[:3], micro_batches[3:6], micro_batches[6:]):
             n = sum(len(y) for _, y in group)
+            at_w: list[Tensor] = []
 
-            def loss(group: list[Batch] = group, n: int = n) -> Tensor:
+            def loss(group: list[Batch] = group, n: int = n, at_w: list[Tensor] = at_w) -> Tensor:
                 with AUTOCAST[precision]():
-                    return sum(nn.functional.cross_entropy(layers(x), y, reduction="sum") / n for x, y in group)
+                    mean = sum(nn.functional.cross_entropy(layers(x), y, reduction="sum") / n for x, y in group)
+                at_w.append(mean.detach())
+                return mean
 
             sam.step(sam.gradients_above(loss))
+            losses.append(at_w[0].item() * n)
             expected.append(flat(layers.parameters()))
         schedule.step()
 
@@ -217,7 +222,36 @@ def test_the_recipe_for_micro_batches(precision: str, tmp_path: Path) -> None:
     runner.fit(module, DataLoader(TensorDataset(x, y), 4))
     assert record.steps == [1, 2, 3, 4, 5, 6]
     assert_close(record.weights, expected, TOLERANCE[precision])
-    assert module.layers[1].num_batches_tracked == 7 * EPOCHS
+    assert module.layers[1].num_batches_tracked == 8 * EPOCHS
+    assert runner.callback_metrics["training loss"].item() == pytest.approx(
+        sum(losses) / len(y), rel=TOLERANCE[precision]
+    )
+
+
+def test_the_recipe_leaves_w_after_an_exception(tmp_path: Path) -> None:
+    """So that a checkpoint can be saved, and training can go on with a new group of micro-batches."""
+    recipe = importlib.import_module("examples.train_lightning").ManualDigits
+
+    class Failing(recipe):  # type: ignore[misc, valid-type]
+        def backward_all(self, samples: int) -> Tensor:
+            if self.optimizers().perturbed and fail:
+                raise KeyError("data")
+            return super().backward_all(samples)
+
+    fail, module = True, Failing(micro_batches=3)
+    start = flat(module.parameters())
+    data = DataLoader(TensorDataset(torch.rand(12, 64), torch.randint(0, 10, (12,))), 4)
+    saving = OnExceptionCheckpoint(tmp_path, "failed")
+    runner = trainer(tmp_path, saving, enable_checkpointing=True)
+    with pytest.raises(KeyError, match="data"):
+        runner.fit(module, data)
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["state_dict"]
+    assert same_bits(flat(saved[name] for name, _ in module.named_parameters()), start)
+    assert same_bits(flat(module.parameters()), start)
+    fail = False
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(module, data)
+    assert runner.global_step == 1
 
 
 @pytest.mark.parametrize("form", ["automatic", "micro-batches", "16-mixed"])

@@ -92,7 +92,7 @@ def make_data(n: int, task: str = "masked") -> list[dict[str, list[int]]]:
 def make_trainer(
     folder: Path,
     model: nn.Module,
-    data: list[dict[str, list[int]]],
+    data: Any,
     kind: type[Trainer] = Recording,
     options: dict[str, Any] | None = None,
     **args: Any,
@@ -311,6 +311,56 @@ def test_an_exception_in_the_second_pass_restores_the_weights(tmp_path: Path) ->
     assert_close(model, expected)
 
 
+def test_an_exception_before_the_step_restores_the_weights(tmp_path: Path) -> None:
+    """The Trainer clips, and calls back, at w + e_w."""
+
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert not same_bits(copies(model.parameters()), start)
+            raise KeyboardInterrupt
+
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, make_data(9))
+    trainer.add_callback(Interrupt())
+    start = copies(model.parameters())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert same_bits(copies(model.parameters()), start)
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(make_data(10))
+
+
+@pytest.mark.parametrize("accumulated", [2, 3])
+def test_a_window_that_goes_on_in_the_next_epoch(accumulated: int, tmp_path: Path) -> None:
+    """Of a dataset without a length, 5 micro-batches an epoch. With rho=0 it is the ordinary Trainer's training."""
+    args = {"max_steps": 6, "gradient_accumulation_steps": accumulated}
+    model, expected = make_model(dropout=0.0), make_model(dropout=0.0)
+    make_trainer(tmp_path, model, Stream(), SAMTrainer, {"rho": 0.0}, **args).train()
+    make_trainer(tmp_path, expected, Stream(), Trainer, {}, **args).train()
+    assert_close(model, expected)
+
+
+def test_batch_normalisation_counts_each_batch_once(tmp_path: Path) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": nn.functional.cross_entropy(self.last(self.norm(x)), labels)}
+
+    data = [{"x": torch.randn(4), "labels": i % 3} for i in range(16)]
+    model = Normalised()
+    make_trainer(tmp_path, model, data, SAMTrainer, num_train_epochs=1).train()
+    assert model.norm.num_batches_tracked == 8
+    assert model.norm.track_running_stats
+
+
 def test_jit_checkpoint_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
     """On SIGTERM, enable_jit_checkpoint saves just before the optimizer's step, where the weights are w + e_w."""
     data = make_data(18)
@@ -322,7 +372,9 @@ def test_jit_checkpoint_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
         def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
+                deadline = time.monotonic() + 30
                 while not manager.is_checkpoint_requested:  # by another thread
+                    assert time.monotonic() < deadline
                     time.sleep(0.001)
 
     stopped = make_trainer(tmp_path, make_model(), data, enable_jit_checkpoint=True)
