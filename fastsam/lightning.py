@@ -20,8 +20,10 @@ class SAMMixin:
     """Lets a step count each batch once, though training_step runs twice; makes 16-mixed work.
 
     For automatic optimization, named before LightningModule (of ``lightning`` or ``pytorch_lightning``). Of the two
-    runs of a SAM step, the one at w is as always. In the one at w + e_w ``self.log`` does nothing and batch
-    normalisation leaves its running statistics alone. Metric objects that training_step itself updates see both runs.
+    runs of a SAM step, the one at w logs and counts as always. In the one at w + e_w ``self.log`` does nothing and
+    batch normalisation leaves its running statistics alone. Metric objects that training_step itself updates see both
+    runs, and the ``outputs`` of on_train_batch_end are those of the second. ``self.clip_gradients`` works in every
+    precision, under manual optimization too.
 
     Without the mixin, automatic optimization works in 32-true and bf16-mixed. ``gradient_clip_val`` clips the second
     gradient alone, with it or without.
