@@ -62,8 +62,10 @@ class Passes(NamedTuple):
                 inner()
 
             return cls(skip, skip, skip, by_trainer=True)
-        check_lightning(module)
-        if not getattr(module, "_in_optimizer_step", True):
+        in_mixin = getattr(module, "_in_optimizer_step", None)  # None of a module without SAMMixin, which checks itself
+        if in_mixin is None:
+            check_lightning(module)
+        elif not in_mixin:
             raise RuntimeError(
                 f"{type(module).__name__}.optimizer_step goes past SAMMixin's: call super().optimizer_step(epoch, "
                 "batch_idx, optimizer, optimizer_closure) in the place of optimizer.step(closure=optimizer_closure)"

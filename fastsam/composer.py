@@ -82,8 +82,7 @@ class SAMOptimizer(FusedSAM):
     @property
     def global_step(self) -> int:
         """Steps done, those that a loss scaler skipped included. Part of the state dict."""
-        self._complete_groups()
-        return int(self.param_groups[0][COUNTER])
+        return self._steps
 
     @global_step.setter
     def global_step(self, steps: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from fastsam.arguments import COUNTER
 from fastsam.batchnorm import frozen_running_stats
 from fastsam.closures import check_lightning, is_forward_only
 
@@ -71,14 +70,14 @@ class SAMMixin:
         sam = optimizer.optimizer
         if not hasattr(sam, "first_pass_context"):
             raise TypeError(f"SAMMixin needs a FusedSAM from configure_optimizers, but got {type(sam).__name__}")
-        steps = sam.param_groups[0].get(COUNTER, 0)
+        steps = sam._steps
         self._in_optimizer_step = True
         try:
             with sam:
                 self._run_passes(sam, closure, partial(super().optimizer_step, epoch, batch_idx, optimizer))  # type: ignore[misc]
         finally:
             self._in_optimizer_step = self._skipped = False
-        if sam.param_groups[0].get(COUNTER, 0) == steps:  # skipped where Lightning does not tell the optimizer
+        if sam._steps == steps:  # skipped where Lightning does not tell the optimizer
             sam._count_step()
 
     def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:

@@ -211,8 +211,7 @@ class FusedSAM(Optimizer):
         Ask before the first backward where that depends on it: with DistributedDataParallel, under ``no_sync`` the only
         gradient of a plain step would differ between the ranks.
         """
-        self._complete_groups()
-        return bool((self.param_groups[0][COUNTER] + 1) % self.interval == 0)
+        return (self._steps + 1) % self.interval == 0
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -374,9 +373,7 @@ class FusedSAM(Optimizer):
         self._complete_groups()
         groups = self.param_groups
         options = {key: self.defaults[key] for key in OPTIONS}
-        self.base_optimizer.add_param_group(
-            complete_group(dict(param_group), options, groups[0][COUNTER] if groups else 0)
-        )
+        self.base_optimizer.add_param_group(complete_group(dict(param_group), options, self._steps))
         try:
             check_group(groups, len(groups) - 1)
             if self.flatten_parameters:
@@ -486,6 +483,14 @@ class FusedSAM(Optimizer):
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss, not (passes.by_trainer and loss_above is None)
+
+    @property
+    def _steps(self) -> int:
+        """How many are completed; 0 while there are no groups: some callers clear the list and add them again."""
+        groups = self.param_groups
+        if groups and COUNTER not in groups[0]:
+            self._complete_groups()
+        return int(groups[0][COUNTER]) if groups else 0
 
     def _count_step(self) -> None:
         for group in self.param_groups:
