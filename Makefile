@@ -5,6 +5,7 @@
 #   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
+#   make dist                the sdist and wheels of a release, each installed into a fresh environment
 # Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
@@ -12,6 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null
 VENV ?= .venv
 TORCH := torch==2.13.0
 TRITON := triton==3.7.1; platform_system == 'Linux'
+SETUPTOOLS := setuptools>=77,<82
 
 PIP := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -22,7 +24,7 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench check composer-check gpu-check cuda-build-check setup clean
+.PHONY: test demo bench check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -44,13 +46,23 @@ gpu-check:
 
 cuda-build-check: setup $(VENV)/cuda.stamp
 	@echo "== building the wheel with both native libraries"
-	@rm -rf $(VENV)/cuda-dist
+	@rm -rf dist/cuda
 	@PATH="$(CURDIR)/$(VENV)/cuda/bin:$$PATH" $(VENV)/cuda/bin/python -m pip -q --disable-pip-version-check wheel . \
-		--no-build-isolation --no-deps -w $(VENV)/cuda-dist
-	@$(VENV)/cuda/bin/python -m zipfile -l $(VENV)/cuda-dist/*.whl | grep -o 'fastsam/_C_cuda.*' \
+		--no-build-isolation --no-deps -w dist/cuda
+	@$(VENV)/cuda/bin/python -m zipfile -l dist/cuda/*.whl | grep -o 'fastsam/_C_cuda.*' \
 		|| { echo "the CUDA library was not built: is there an nvcc of the CUDA of $(CUDA_TORCH)?"; exit 1; }
-	$(VENV)/cuda/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
-	$(VENV)/bin/python tests/cuda_build_check.py $(VENV)/cuda-dist/*.whl
+	$(VENV)/cuda/bin/python tests/cuda_build_check.py dist/cuda/*.whl
+	$(VENV)/bin/python tests/cuda_build_check.py dist/cuda/*.whl
+
+# The wheels are built from the sdist, which therefore holds all that they need.
+dist: setup
+	@$(PIP) install build twine
+	@rm -rf dist/*.tar.gz dist/*.whl
+	@FASTSAM_BUILD_NATIVE=0 $(VENV)/bin/python -m build -q --no-isolation --sdist
+	@FASTSAM_BUILD_NATIVE=0 $(PIP) wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	@$(VENV)/bin/twine check --strict dist/*.tar.gz dist/*.whl
+	$(VENV)/bin/python tests/dist_check.py "$(TORCH)" "$(SETUPTOOLS)" dist/*.tar.gz dist/*.whl
 
 # With torch 2.7 there is no native library: foreach serves, and Triton 3.3 for GPUs, whose kernels are interpreted and compiled.
 composer-check: $(VENV)/composer.stamp
@@ -66,13 +78,13 @@ $(VENV)/composer.stamp: Makefile
 	@echo "== installing $(COMPOSER) and the torch that it needs into $(VENV)/composer (5.4 GB)"
 	@$(PYTHON) -m venv $(VENV)/composer
 	@$(VENV)/composer/bin/python -m pip -qq --disable-pip-version-check install "$(COMPOSER)" numpy scikit-learn hypothesis \
-		pytest ninja "setuptools>=77"
+		pytest ninja "$(SETUPTOOLS)"
 	@touch $@
 
 $(VENV)/cuda.stamp: $(VENV)/torch.stamp
 	@echo "== installing $(CUDA_TORCH) with CUDA's libraries into $(VENV)/cuda (4.7 GB)"
 	@$(PYTHON) -m venv $(VENV)/cuda
-	@$(VENV)/cuda/bin/python -m pip -qq --disable-pip-version-check install "$(CUDA_TORCH)" numpy ninja "setuptools>=77"
+	@$(VENV)/cuda/bin/python -m pip -qq --disable-pip-version-check install "$(CUDA_TORCH)" numpy ninja "$(SETUPTOOLS)"
 	@touch $@
 
 # torch comes first and pinned: whatever else asks for torch then takes this one.
@@ -87,7 +99,8 @@ $(VENV)/torch.stamp: Makefile
 # Editable: what is edited is what is tested. The native library is left to the next rule, which rebuilds it alone.
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py fastsam/_version.py
 	@echo "== installing fastsam (editable) and what its tests, demo and checks use"
-	@$(PIP) install "setuptools>=77" ninja
+	@$(PIP) install "$(SETUPTOOLS)" ninja
+	@$(PIP) uninstall -y fastsam # what fused-sam was called before
 	@FASTSAM_BUILD_NATIVE=0 $(PIP) install --no-build-isolation -e ".[demo,dev,test]"
 	@touch $@
 

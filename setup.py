@@ -25,7 +25,7 @@ from typing import Any
 import setuptools
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml's SPDX license
-    sys.exit(f"fastsam: setuptools >= 77 is needed, found {setuptools.__version__}: pip install --upgrade setuptools")
+    sys.exit(f"fastsam: setuptools >= 77 is needed, found {setuptools.__version__}: pip install 'setuptools>=77,<82'")
 
 CXX_FLAGS = [
     "-std=c++20",

@@ -1,5 +1,6 @@
 """fastsam: the fused sharpness-aware step (SAM, Foret et al. 2021, arXiv 2010.01412) for PyTorch."""
 
+from fastsam._distribution import warn_of_another_owner as _warn_of_another_owner
 from fastsam._version import __version__ as __version__
 from fastsam.backends import available_backends as available_backends
 from fastsam.batchnorm import (
@@ -17,3 +18,5 @@ __all__ = [
     "enable_running_stats",
     "frozen_running_stats",
 ]
+
+_warn_of_another_owner()

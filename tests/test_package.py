@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import fastsam
 from fastsam import backends
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastsam"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile"]
+FOLDERS = ["bench", "csrc", "examples", "fastsam", "tests"]
 
 STEP = """
 import torch
@@ -50,11 +52,10 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 def copy_sources(target: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in SHIPPED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, target / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, target / name)
     return target
 
 
@@ -111,11 +112,20 @@ def run_with(tmp_path: Path) -> Callable[[Path, str], subprocess.CompletedProces
 
 def names_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return {name for name in archive.namelist() if not name.startswith(f"fastsam-{fastsam.__version__}.dist-info/")}
+        return {name for name in archive.namelist() if not name.startswith(f"fused_sam-{fastsam.__version__}.dist-info/")}
+
+
+def test_sdist_holds_all_that_its_tests_and_readme_need(sdist):
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".so", ".pyc")} | set(FILES)
+    assert wanted <= inside, wanted - inside
+    assert not [name for name in inside if name.endswith((".so", ".pyc"))]
 
 
 def test_pure_wheel_holds_every_module_and_no_library(pure_wheel):
-    assert pure_wheel.name == f"fastsam-{fastsam.__version__}-py3-none-any.whl"
+    assert pure_wheel.name == f"fused_sam-{fastsam.__version__}-py3-none-any.whl"
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastsam").rglob("*.py")}
     assert names_in(pure_wheel) == modules | {"fastsam/py.typed"}
 
@@ -136,7 +146,7 @@ assert "cpp" not in fastsam.available_backends()
 
 
 def test_native_wheel_is_abi3_and_the_pure_one_with_a_library(native_wheel, pure_wheel):
-    pattern = rf"fastsam-{re.escape(fastsam.__version__)}-cp310-abi3-\w+\.whl"
+    pattern = rf"fused_sam-{re.escape(fastsam.__version__)}-cp310-abi3-\w+\.whl"
     assert re.fullmatch(pattern, native_wheel.name), native_wheel.name
     libraries = names_in(native_wheel) - names_in(pure_wheel)
     assert "fastsam/_C.abi3.so" in libraries
@@ -176,6 +186,20 @@ def test_pure_build_says_why_in_one_line(environment, reason):
     assert result.returncode == 0
     assert result.stdout.strip() == fastsam.__version__
     assert re.search(rf"^fastsam: pure Python build, .*: {reason}$", result.stderr, flags=re.MULTILINE), result.stderr
+
+
+def test_import_tells_of_another_distribution_in_its_folder(pure_wheel, tmp_path):
+    """What PyPI calls fastsam is another project: installed last, or first, it shares the folder with this one."""
+    with zipfile.ZipFile(pure_wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    info = tmp_path / "unpacked" / "fastsam-0.0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastsam\nVersion: 0.0.1\n")
+    for record, warned in (("fastsam/__init__.py,,\n", True), ("elsewhere/__init__.py,,\n", False)):
+        (info / "RECORD").write_text(record)
+        result = python("-c", ONLY_UNPACKED, cwd=tmp_path, PYTHONPATH=str(tmp_path / "unpacked"))
+        assert result.returncode == 0, result.stderr
+        assert ("fastsam 0.0.1 is installed into the folder of fused-sam" in result.stderr) is warned, result.stderr
 
 
 def test_import_brings_in_no_optional_dependency():
