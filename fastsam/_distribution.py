@@ -1,4 +1,4 @@
-"""Which distribution this package came from: fused-sam. On PyPI, ``fastsam`` is another project, with the same folder."""
+"""The distribution is called fused-sam: on PyPI, ``fastsam`` is another project, whose folder has the same name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["warn_of_another_owner"]
 
 
 def warn_of_another_owner() -> None:
-    """Warns where a distribution called ``fastsam`` has files in this folder: each overwrites, or removes, the other's."""
+    """Warns where a distribution called ``fastsam`` has files in this folder, which then are no longer one's own."""
     try:
         other = metadata.distribution("fastsam")
     except metadata.PackageNotFoundError:
@@ -18,8 +18,8 @@ def warn_of_another_owner() -> None:
     here = Path(__file__).parent
     if any(Path(str(other.locate_file(file))).parent == here for file in other.files or ()):
         warnings.warn(
-            f"the distribution fastsam {other.version} is installed into the folder of fused-sam, {here}; it is another "
-            "project, or an old name of this one: pip uninstall fastsam, then install fused-sam again with "
+            f"the distribution fastsam {other.version} is installed into the folder of fused-sam, {here}; it is "
+            "another project, or an old name of this one: pip uninstall fastsam, then install fused-sam again with "
             "--force-reinstall --no-deps",
             stacklevel=3,
         )

@@ -1,6 +1,6 @@
 """What `make dist` runs: installs each sdist and wheel into a fresh environment, as a user would, and takes a step.
 
-    python tests/dist_check.py TORCH SETUPTOOLS FILE...     TORCH and SETUPTOOLS are requirements, as the Makefile's
+Arguments: TORCH SETUPTOOLS FILE..., the first two requirements, as in the Makefile.
 """
 
 import os

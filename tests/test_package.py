@@ -17,7 +17,16 @@ import fastsam
 from fastsam import backends
 
 ROOT = Path(__file__).parent.parent
-FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile"]
+FILES = [
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "LICENSE",
+]
 FOLDERS = ["bench", "csrc", "examples", "fastsam", "tests"]
 
 STEP = """
@@ -111,8 +120,9 @@ def run_with(tmp_path: Path) -> Callable[[Path, str], subprocess.CompletedProces
 
 
 def names_in(wheel: Path) -> set[str]:
+    info = f"fused_sam-{fastsam.__version__}.dist-info/"
     with zipfile.ZipFile(wheel) as archive:
-        return {name for name in archive.namelist() if not name.startswith(f"fused_sam-{fastsam.__version__}.dist-info/")}
+        return {name for name in archive.namelist() if not name.startswith(info)}
 
 
 def test_sdist_holds_all_that_its_tests_and_readme_need(sdist):
