@@ -5,6 +5,7 @@
 #   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
+#   make arm-check           compiles the CPU kernels for 64-bit Arm; wants aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)
 #   make dist                the sdist and wheels of a release, each installed into a fresh environment
 # Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
 
@@ -24,7 +25,7 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench check composer-check gpu-check cuda-build-check dist setup clean
+.PHONY: test demo bench check arm-check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -40,6 +41,9 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+arm-check: setup
+	CI=true $(VENV)/bin/python -m pytest tests/test_arm.py && command -v aarch64-linux-gnu-g++
 
 gpu-check:
 	$(GPU_PYTHON) tests/gpu/check.py

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def one_thread() -> Generator[None, None, None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sigint() -> Generator[None, None, None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started this process in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def fail() -> None:
 @pytest.mark.parametrize(
     ("stop", "raised"), [(fail, Stopped), (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)]
 )
-@pytest.mark.usefixtures("few_images")
+@pytest.mark.usefixtures("few_images", "sigint")
 def test_stopped_in_the_second_pass_the_network_is_at_w(stop: Callable[[], None], raised: type) -> None:
     with StopAtPass(8, stop) as stopped, pytest.raises(raised):
         script.main(["--device", "cpu", "--sam", "--rho", "0.1"])

@@ -19,6 +19,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
+torch.set_num_threads({threads})
 passes = 0
 def kill(module, *_):
     global passes
@@ -57,14 +58,17 @@ def test_averaging() -> None:
 
 @pytest.mark.parametrize("at", [11, 12], ids=["first pass", "second pass"])
 def test_checkpoint_after_sigterm_resumes_bit_for_bit(at: int, tmp_path: Path) -> None:
-    """Interval is 2, so passes 11 and 12 are those of the SAM step 7. The signal is a real one, in another process."""
+    """Interval is 2, so passes 11 and 12 are those of the SAM step 7. The signal is a real one, in another process.
+
+    That has as many threads as this one: on some processors the bits of matrix products depend on it.
+    """
     train = importlib.import_module("examples.checkpoint").train
     before = signal.getsignal(signal.SIGTERM)
     try:
         whole = train(tmp_path / "whole.pt", steps=20)
         path = tmp_path / "killed.pt"
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED.format(at=at), path],
+            [sys.executable, "-c", KILLED.format(at=at, threads=torch.get_num_threads()), path],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,

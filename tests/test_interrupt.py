@@ -106,6 +106,7 @@ def test_signal_handler_saves_w_inside_the_closure(passes: int) -> None:
     assert same_bits(copies(model.parameters()), w)
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit, GeneratorExit])
 @pytest.mark.parametrize("form", ["closure", "with", "try"])
 def test_exception_between_perturb_and_restore_leaves_w(form: str, error: type[BaseException]) -> None:
