@@ -8,9 +8,10 @@ from fastsam.batchnorm import (
     enable_running_stats as enable_running_stats,
     frozen_running_stats as frozen_running_stats,
 )
-from fastsam.optimizer import FusedSAM as FusedSAM
+from fastsam.optimizer import SAM as SAM, FusedSAM as FusedSAM
 
 __all__ = [
+    "SAM",
     "FusedSAM",
     "__version__",
     "available_backends",

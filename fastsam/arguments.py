@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Callable
@@ -17,20 +19,24 @@ from torch.optim.optimizer import ParamsT
 
 from fastsam import amp, backends
 from fastsam.distributed import is_fsdp1
+from fastsam.notices import tell_once
 
 __all__ = [
     "COUNTER",
     "DTYPES",
     "OPTIONS",
+    "PASSES",
     "Arguments",
     "ContextFactory",
     "bind",
     "check_group",
     "check_interval",
     "check_options",
+    "check_passes",
     "complete_group",
     "host_value",
     "parameter_name",
+    "signature",
 ]
 
 Group = dict[str, Any]
@@ -41,6 +47,9 @@ OPTIONS = ("rho", "epsilon", "adaptive")
 
 COUNTER = "sam_step"
 """Steps completed: a group key, since distributed.checkpoint drops top-level ones; the same in every group."""
+
+PASSES = ("auto", "one", "two")
+"""What `closure_passes` may be."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes of parameters that can be perturbed."""
@@ -56,6 +65,7 @@ class Arguments(NamedTuple):
     first_pass_context: ContextFactory | None
     grad_scaler: GradScaler | None
     flatten_parameters: bool
+    closure_passes: str
 
 
 def bind(*args: Any, **kwargs: Any) -> Arguments:
@@ -65,10 +75,13 @@ def bind(*args: Any, **kwargs: Any) -> Arguments:
         TypeError, ValueError, RuntimeError: as FusedSAM.
     """
     first = args[0] if args else kwargs.get("params", kwargs.get("base_optimizer"))
-    arguments = (_bind_optimizer if isinstance(first, Optimizer) else _bind_class)(*args, **kwargs)
+    form = _bind_optimizer if isinstance(first, Optimizer) else _bind_class
+    arguments = form(*args, **kwargs)
     _check_context(arguments.first_pass_context)
     amp.check_scaler(arguments.grad_scaler)
     groups = arguments.base_optimizer.param_groups
+    given = inspect.signature(form).bind(*args, **kwargs).arguments
+    _replace_left_over(groups, {key: value for key, value in arguments.options.items() if key in given})
     for group in groups:
         complete_group(group, arguments.options, 0)
     for i in range(len(groups)):
@@ -82,7 +95,7 @@ def bind(*args: Any, **kwargs: Any) -> Arguments:
 
 def _bind_class(
     params: ParamsT,
-    base_optimizer: type[Optimizer],
+    base_optimizer: Callable[..., Optimizer],
     rho: float | Tensor = 0.05,
     adaptive: bool = False,
     *,
@@ -92,18 +105,22 @@ def _bind_class(
     first_pass_context: ContextFactory | None = None,
     grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
+    closure_passes: str = "auto",
     **base_optimizer_kwargs: Any,
 ) -> Arguments:
-    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+    if not _makes_optimizers(base_optimizer):
         raise TypeError(
             "base_optimizer must be a subclass of torch.optim.Optimizer (such as torch.optim.SGD) after params, or an "
             f"optimizer as the first argument, but got {base_optimizer!r}"
         )
-    _check_class(base_optimizer)
-    options = _checked(rho, epsilon, adaptive, interval)
+    if isinstance(base_optimizer, type):
+        _check_class(base_optimizer)
+    options = _checked(rho, epsilon, adaptive)
+    checked = check_interval(interval), check_passes(closure_passes)
     base = base_optimizer(params, **base_optimizer_kwargs)
-    _check_defaults(base)
-    return Arguments(base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters)
+    if not isinstance(base, Optimizer):  # a factory's, such as a functools.partial
+        raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, but {base_optimizer!r} made {base!r}")
+    return _arguments(base, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
 def _bind_optimizer(
@@ -117,15 +134,55 @@ def _bind_optimizer(
     first_pass_context: ContextFactory | None = None,
     grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
+    closure_passes: str = "auto",
 ) -> Arguments:
-    _check_class(type(base_optimizer))
-    options = _checked(rho, epsilon, adaptive, interval)
-    _check_defaults(base_optimizer)
-    return Arguments(base_optimizer, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters)
+    options = _checked(rho, epsilon, adaptive)
+    checked = check_interval(interval), check_passes(closure_passes)
+    return _arguments(base_optimizer, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
+
+
+def _arguments(
+    base: Optimizer,
+    options: Group,
+    interval: int,
+    closure_passes: str,
+    backend: str | None,
+    first_pass_context: ContextFactory | None,
+    grad_scaler: GradScaler | None,
+    flatten_parameters: bool,
+) -> Arguments:
+    _check_class(type(base))
+    _check_defaults(base)
+    return Arguments(
+        base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters, closure_passes
+    )
 
 
 for _bind in (_bind_class, _bind_optimizer):
     _bind.__name__ = _bind.__qualname__ = "FusedSAM"  # what Python's own messages about a wrong call name
+
+
+def signature() -> inspect.Signature:
+    """That of FusedSAM.__init__, as tools see it: the first form's, with `self`."""
+    bound = inspect.signature(_bind_class, eval_str=True)
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *bound.parameters.values()]
+    return bound.replace(parameters=parameters, return_annotation=None)
+
+
+def _replace_left_over(groups: list[Group], given: Group) -> None:
+    """What is given to FusedSAM wins over what an earlier one, or its checkpoint, left in the groups, and says so."""
+    replaced = []
+    for i, group in enumerate(groups):
+        if COUNTER not in group:  # options of its own, which the user gave it
+            continue
+        for key, value in given.items():
+            if key in group and float(group[key]) != float(value):
+                replaced.append(f"{key}={float(group[key]):g} of param group {i} by {float(value):g}")
+            group[key] = value
+    if replaced:
+        warnings.warn(
+            f"FusedSAM replaced what an earlier one left in the param groups: {', '.join(replaced)}", stacklevel=4
+        )
 
 
 def complete_group(group: Group, options: Group, steps: int) -> Group:
@@ -144,7 +201,7 @@ def check_group(groups: list[Group], i: int) -> None:
             FullyShardedDataParallel's.
         ValueError: an option out of range; a parameter that is there twice.
     """
-    check_options(groups[i], f" of param group {i}")
+    groups[i].update(check_options(groups[i], f" of param group {i}"))
     seen = set()
     for j, p in enumerate(groups[i]["params"]):
         if p.requires_grad and p.dtype not in DTYPES:
@@ -161,12 +218,15 @@ def check_group(groups: list[Group], i: int) -> None:
         seen.add(id(p))
 
 
-def check_options(options: Group, where: str = "") -> None:
+def check_options(options: Group, where: str = "") -> Group:
     """Checks rho, epsilon and adaptive.
 
     Args:
         options: a mapping that has the three.
         where: what an error message adds to the option's name.
+
+    Returns:
+        The three, as Python's own numbers; a rho that is a tensor is 0-d, in the same memory.
 
     Raises:
         TypeError: one is not of its type.
@@ -174,26 +234,46 @@ def check_options(options: Group, where: str = "") -> None:
     """
     rho, epsilon, adaptive = options["rho"], options["epsilon"], options["adaptive"]
     if isinstance(rho, Tensor):
-        if rho.dim() != 0 or not rho.is_floating_point():
+        if rho.numel() != 1 or not rho.is_floating_point():
             raise ValueError(f"rho{where} must be a float or a 0-d floating point tensor, but got {_show(rho)}")
         rho = host_value(rho)
     for key, value in (("rho", rho), ("epsilon", epsilon)):
         if isinstance(value, Tensor) and key == "rho":  # on a device: to look at it would be to wait for it
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are registered as such
             raise TypeError(f"{key}{where} must be a float, but got {_show(value)}")
-        if not (0 <= value < math.inf):
+        if not (0 <= float(value) < math.inf):
             raise ValueError(f"{key}{where} must be finite and >= 0, but got {value}")
-    if not isinstance(adaptive, bool):
+    if isinstance(adaptive, Tensor) or adaptive not in (False, True):
         raise TypeError(f"adaptive{where} must be True or False, but got {adaptive!r}")
+    return {
+        "rho": _as_scalar(options["rho"]),
+        "epsilon": float(epsilon),
+        "adaptive": bool(adaptive),
+    }
 
 
-def check_interval(interval: int) -> None:
-    """Raises a TypeError or a ValueError unless `interval` is an int >= 1."""
-    if isinstance(interval, bool) or not isinstance(interval, int):
+def _as_scalar(rho: float | Tensor) -> float | Tensor:
+    """A float, or the tensor itself, or a view of it without dimensions."""
+    if isinstance(rho, Tensor):
+        return rho if rho.dim() == 0 else rho.reshape(())
+    return float(rho)
+
+
+def check_interval(interval: int) -> int:
+    """Returns `interval` as an int; raises a TypeError or a ValueError unless it is one, and >= 1."""
+    if isinstance(interval, bool) or not isinstance(interval, numbers.Integral):
         raise TypeError(f"interval must be an int, but got {interval!r}")
     if interval < 1:
         raise ValueError(f"interval must be >= 1, but got {interval}")
+    return int(interval)
+
+
+def check_passes(closure_passes: str) -> str:
+    """Returns `closure_passes`; raises a ValueError unless it is one of `PASSES`."""
+    if closure_passes not in PASSES:
+        raise ValueError(f"closure_passes must be one of {', '.join(map(repr, PASSES))}, but got {closure_passes!r}")
+    return closure_passes
 
 
 def parameter_name(group: Group, group_index: int, index: int) -> str:
@@ -205,7 +285,9 @@ def parameter_name(group: Group, group_index: int, index: int) -> str:
 
 def host_value(rho: float | Tensor) -> float | Tensor:
     """rho as a float where that costs no wait."""
-    return float(rho) if isinstance(rho, Tensor) and rho.device.type == "cpu" else rho
+    if isinstance(rho, Tensor):
+        return float(rho) if rho.device.type == "cpu" else rho
+    return float(rho) if isinstance(rho, numbers.Real) else rho
 
 
 def _show(value: object) -> str:
@@ -214,12 +296,9 @@ def _show(value: object) -> str:
     return repr(value)
 
 
-def _checked(rho: float | Tensor, epsilon: float, adaptive: bool, interval: int) -> Group:
+def _checked(rho: float | Tensor, epsilon: float, adaptive: bool) -> Group:
     """The options of a call, checked."""
-    options = {"rho": rho, "epsilon": epsilon, "adaptive": adaptive}
-    check_options(options)
-    check_interval(interval)
-    return options
+    return check_options({"rho": rho, "epsilon": epsilon, "adaptive": adaptive})
 
 
 def _check_context(first_pass_context: object) -> None:
@@ -228,6 +307,13 @@ def _check_context(first_pass_context: object) -> None:
             "first_pass_context must be a function that makes a context manager, such as model.no_sync (without "
             f"calling it), but got {first_pass_context!r}"
         )
+
+
+def _makes_optimizers(base_optimizer: object) -> bool:
+    """Whether this is an optimizer class or, by its looks, a function that makes one."""
+    if isinstance(base_optimizer, type):
+        return issubclass(base_optimizer, Optimizer)
+    return callable(base_optimizer) and not isinstance(base_optimizer, Optimizer)
 
 
 def _check_class(base_optimizer: type[Optimizer]) -> None:
@@ -248,13 +334,8 @@ def _check_defaults(base: Optimizer) -> None:
         )
 
 
-_warned_without_native = False
-
-
 def _warn_without_native() -> None:
-    """Once in a process: an install without a compiler is silent, and its user would only find it slow."""
-    global _warned_without_native
+    """An install without a compiler is silent, and its user would only find it slow."""
     reason = backends.missing("cpp")
-    if reason is not None and not _warned_without_native:
-        _warned_without_native = True
-        warnings.warn(f"FusedSAM runs without its native CPU backend, by torch's foreach: {reason}", stacklevel=4)
+    if reason is not None:
+        tell_once("native", f"FusedSAM runs without its native CPU backend, by torch's foreach: {reason}", stacklevel=4)

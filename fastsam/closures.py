@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-__all__ = ["Closure", "Passes", "advice", "check_lightning", "is_forward_only"]
+from fastsam.notices import tell_once
+
+__all__ = ["Closure", "Passes", "advice", "check_lightning", "is_forward_only", "warn_of_double_counting"]
 
 Closure = Callable[..., Any]
 
@@ -48,7 +49,11 @@ class Passes(NamedTuple):
             if hasattr(module, "automatic_optimization"):  # else somebody else's function of that name
                 return cls._of_lightning(closure, module)
         if getattr(closure, "__module__", None) == "composer.trainer.trainer":
-            _warn_of_composer()
+            tell_once(
+                "composer",
+                "FusedSAM in Composer's Trainer logs the losses of both passes added up, and synchronises both "
+                "gradients: use fastsam.composer.SAM, or fastsam.composer.SAMOptimizer",
+            )
         return cls(closure, closure, closure)
 
     @classmethod
@@ -97,6 +102,21 @@ def check_lightning(module: Any) -> None:
         )
 
 
+def warn_of_double_counting(sam: object) -> None:
+    """Under Lightning's manual optimization ``step`` counts itself; some code for davda54/sam counts around it too.
+
+    Args:
+        sam: a FusedSAM, or Lightning's wrapper, in which Lightning's loop puts its hooks.
+    """
+    loop = getattr(vars(sam).get("_on_before_step"), "__self__", None)
+    if loop is not None and loop.optim_step_progress.total.ready > loop.optim_step_progress.total.completed:
+        tell_once(
+            "double counting",
+            "_on_before_step() was called before second_step(), which calls it itself: global_step counts each step "
+            "twice, and max_steps ends training after half of them. Leave _on_before_step() and _on_after_step() out",
+        )
+
+
 def advice(in_scaler_step: bool) -> str:
     """What to add, for the trainers that are imported, to the error of a step without a perturbation."""
     if in_scaler_step and ("lightning" in sys.modules or "pytorch_lightning" in sys.modules):
@@ -110,17 +130,3 @@ def advice(in_scaler_step: bool) -> str:
     if "accelerate" in sys.modules:
         return ". With Accelerate: sam.optimizer.first_step(), as in examples/train_accelerate.py"
     return ""
-
-
-_warned_of_composer = False
-
-
-def _warn_of_composer() -> None:
-    global _warned_of_composer
-    if not _warned_of_composer:
-        _warned_of_composer = True
-        warnings.warn(
-            "FusedSAM in Composer's Trainer logs the losses of both passes added up, and synchronises both gradients: "
-            "use fastsam.composer.SAM, or fastsam.composer.SAMOptimizer",
-            stacklevel=2,
-        )

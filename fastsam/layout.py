@@ -12,7 +12,7 @@ from fastsam import backends
 from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket, flatten_
-from fastsam.distributed import Shardings, is_dtensor
+from fastsam.distributed import Shardings, is_dtensor, local, local_grad
 
 __all__ = ["Layout", "flatten_groups"]
 
@@ -95,6 +95,18 @@ class Layout:
             backend.perturb(bucket, self._ascents[bucket.device])
             bucket.unstage()
             bucket.release()
+
+    def smallest(self) -> Tensor:
+        """The smallest of the parameters that the last ascent moved."""
+        return min((bucket.params[i] for _, bucket in self.buckets for i in bucket.live()), key=Tensor.numel)
+
+    def witness(self) -> tuple[Tensor, int] | None:
+        """One of the parameters that the last ascent moved, and its version; None where it moved none."""
+        for _, bucket in self.buckets:
+            for p, pointer in zip(bucket.params, bucket.grad_table.pointers, strict=True):
+                if pointer:
+                    return p, p._version
+        return None
 
     def release(self) -> None:
         """Lets go of the gradients that a failed `measure` took up."""
@@ -190,7 +202,7 @@ class Layout:
 
     def _warn_16_bit(self, dtypes: list[torch.dtype]) -> None:
         short = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
-        if short and not self._warned:
+        if short and not self._warned:  # once an optimizer: each has its own parameters
             self._warned = True
             warnings.warn(
                 f"FusedSAM perturbs {short[0]} parameters: rounding w + e_w to 16 bits leaves most weights where they "
@@ -204,6 +216,32 @@ def _no_gradient_error() -> RuntimeError:
         "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure that computes "
         "the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
     )
+
+
+def gradient_norm(groups: list[Group]) -> Tensor:
+    """The global norm of the gradients that are there, adaptive or not by group, 0-d; writes to nothing.
+
+    Args:
+        groups: the param groups.
+
+    Raises:
+        RuntimeError: no parameter has a gradient.
+    """
+    shardings = Shardings(p for group in groups for p in group["params"])
+    sums: list[Tensor] = []
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            name = parameter_name(group, i, j)
+            if (g := local_grad(p, name)) is None:
+                continue
+            term = local(p).abs() * g if group["adaptive"] else g
+            square = torch.linalg.vector_norm(term, dtype=torch.promote_types(term.dtype, torch.float32)).double() ** 2
+            sums = sums or [square.new_zeros(()) for _ in range(len(shardings))]
+            sums[shardings.index(p, name)] += square.to(sums[0].device)
+    if not sums and len(shardings) == 1:
+        raise _no_gradient_error()
+    sums = sums or [torch.zeros((), dtype=torch.float64) for _ in range(len(shardings))]
+    return shardings.reduce(sums).sqrt().float()
 
 
 def flatten_groups(groups: list[Group], first: int = 0) -> None:

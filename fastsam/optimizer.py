@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar, cast, overload
@@ -15,24 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp, closures
-from fastsam.arguments import (
-    COUNTER,
-    OPTIONS,
-    ContextFactory,
-    bind,
-    check_group,
-    check_options,
-    complete_group,
-)
-from fastsam.checkpoint import to_base_state_dict
+from fastsam.arguments import COUNTER, ContextFactory, bind, signature
 from fastsam.closures import Closure, Passes
+from fastsam.compiler import compiled, uncompiled
 from fastsam.distributed import local
-from fastsam.freshness import StaleGradients, after_zero_grad
-from fastsam.layout import Layout, flatten_groups
+from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients, after_zero_grad, around_step
+from fastsam.layout import Layout, flatten_groups, gradient_norm
+from fastsam.notices import tell_once
+from fastsam.wrapper import OptimizerWrapper, or_default
 
-__all__ = ["FusedSAM"]
+__all__ = ["SAM", "FusedSAM"]
 
-Group = dict[str, Any]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,11 +41,15 @@ class _State:
         self.layout = Layout(backend)
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
-        self.announced = False  # first_step() said that this is a plain step
+        self.announced: PlainStep | None = None  # what first_step() returned False on
+        self.clearing: ClearingWatch | None = None
+        self.watched = False  # a closure that ran once; see `FusedSAM._call_above`
+        self.stepping = False  # step() is under way
+        self.witness: tuple[Tensor, int] | None = None  # a weight, and its version once it was perturbed
         self.clippable = False  # the gradients, to Lightning
 
 
-class FusedSAM(Optimizer):
+class FusedSAM(OptimizerWrapper):
     r"""Sharpness-aware minimization around any torch optimizer.
 
     Foret et al. 2021, arXiv 2010.01412, Eq. 2 with p = 2; ``adaptive=True`` is ASAM, arXiv 2102.11600:
@@ -69,9 +68,10 @@ class FusedSAM(Optimizer):
     .. code-block:: text
 
         FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
-                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, **base_optimizer_kwargs)
+                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
+                 **base_optimizer_kwargs)
         FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
-                 first_pass_context=None, grad_scaler=None, flatten_parameters=False)
+                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto")
 
     ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
     ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
@@ -79,7 +79,8 @@ class FusedSAM(Optimizer):
 
     Args:
         params: parameters as torch's optimizers take them: tensors, (name, tensor) pairs or group dicts.
-        base_optimizer: an optimizer class (first form) or an optimizer (second form).
+        base_optimizer: an optimizer class, or another function that makes one from params (first form); or an
+            optimizer (second form).
         rho: radius of the neighbourhood, >= 0; a float or a 0-d tensor.
         adaptive: climb by ASAM's scale-invariant rule.
         epsilon: added to the norm, >= 0.
@@ -92,6 +93,9 @@ class FusedSAM(Optimizer):
         grad_scaler: the `torch.amp.GradScaler` of the losses. Then `step(closure)` and `second_step` step by it, and
             misuses of it are seen; you call ``scaler.update()``. Without it, end a step by ``scaler.step(sam)``.
         flatten_parameters: move the parameters into one flat buffer for each device and dtype, as views of it.
+        closure_passes: which gradients `step(closure)` takes for those at w. "one": those that are there, so that the
+            closure runs once, at w + e_w, as in davda54/sam; "two": the closure computes both, as in torch.optim,
+            Lightning and Composer; "auto": those that are there where a backward wrote them since the last step.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
     Raises:
@@ -113,18 +117,13 @@ class FusedSAM(Optimizer):
         that is not finite perturbs nothing.
     """
 
-    base_optimizer: Optimizer
-    interval: int
-    flatten_parameters: bool
-    first_pass_context: ContextFactory | None
-    grad_scaler: GradScaler | None
-    _backend: str | None
+    _state: _State
 
     @overload
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer],
+        base_optimizer: Callable[..., Optimizer],
         rho: float | Tensor = 0.05,
         adaptive: bool = False,
         *,
@@ -134,6 +133,7 @@ class FusedSAM(Optimizer):
         first_pass_context: ContextFactory | None = None,
         grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
+        closure_passes: str = "auto",
         **base_optimizer_kwargs: Any,
     ) -> None: ...
 
@@ -150,16 +150,18 @@ class FusedSAM(Optimizer):
         first_pass_context: ContextFactory | None = None,
         grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
+        closure_passes: str = "auto",
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = bind(*args, **kwargs)
         base = arguments.base_optimizer
+        _restore_left_perturbed(base)
         self.__setstate__(
             {
                 "base_optimizer": base,
                 "defaults": {**base.defaults, **arguments.options},
-                "interval": arguments.interval,
+                "_settings": {"interval": arguments.interval, "closure_passes": arguments.closure_passes},
                 "first_pass_context": arguments.first_pass_context,
                 "grad_scaler": arguments.grad_scaler,
                 "flatten_parameters": arguments.flatten_parameters,
@@ -169,25 +171,7 @@ class FusedSAM(Optimizer):
         if self.flatten_parameters:
             flatten_groups(self.param_groups)
 
-    # -- the base optimizer's own --------------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The base optimizer's param groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
+    __init__.__signature__ = signature()  # type: ignore[attr-defined]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -226,6 +210,15 @@ class FusedSAM(Optimizer):
 
     @_disable_dynamo
     @torch.no_grad()
+    def _grad_norm(self) -> Tensor:
+        """davda54/sam's method: the global norm of the gradients that are there now, 0-d, whatever step this is.
+
+        `grad_norm` is for nothing, and of the ascent.
+        """
+        return gradient_norm(self.param_groups)
+
+    @_disable_dynamo
+    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
         """Saves w and climbs: w <- w + e_w, by the gradients that are there.
 
@@ -244,7 +237,8 @@ class FusedSAM(Optimizer):
         self._require_idle("first_step()")
         self._complete_groups()
         if not self.is_sam_step:
-            self._state.announced = True
+            self._end_announcement()
+            self._state.announced = PlainStep(self._parameters())
             return False
         try:
             self._perturb()
@@ -265,6 +259,7 @@ class FusedSAM(Optimizer):
         Raises:
             RuntimeError: not perturbed, on a step that is a SAM step.
         """
+        closures.warn_of_double_counting(self)
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -303,17 +298,18 @@ class FusedSAM(Optimizer):
     def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
         """What torch puts around `step` to run the hooks; the global ones are left to the base optimizer's step.
 
-        torch.compile stays out of it too, for one graph break.
+        torch.compile stays out of it too, for one graph break, but for the closure.
         """
 
         @functools.wraps(func)
         def step(*args: P.args, **kwargs: P.kwargs) -> R:
             sam = cast(FusedSAM, args[0])
+            sam._state.stepping = True
             # Around the hooks too: what fails in one must not leave the weights perturbed either.
             try:
                 with torch.autograd.profiler.record_function(f"Optimizer.step#{type(sam).__name__}.step"):
                     for pre_hook in sam._optimizer_step_pre_hooks.values():
-                        args, kwargs = _or(pre_hook(sam, args, kwargs), (args, kwargs))
+                        args, kwargs = or_default(pre_hook(sam, args, kwargs), (args, kwargs))
                     out = func(*args, **kwargs)
                     for post_hook in sam._optimizer_step_post_hooks.values():
                         post_hook(sam, args, kwargs)
@@ -324,9 +320,10 @@ class FusedSAM(Optimizer):
                 amp.forget(sam)
                 raise
             finally:
-                sam._state.announced = False
+                sam._state.stepping = False
+                sam._end_announcement()
 
-        return _disable_dynamo(step)
+        return uncompiled(step)
 
     @_disable_dynamo
     def restore(self) -> None:
@@ -345,101 +342,6 @@ class FusedSAM(Optimizer):
         """Leaves no perturbation behind, whatever happened in the block."""
         self.restore()
 
-    @_disable_dynamo
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, as the base optimizer does.
-
-        Args:
-            set_to_none: let go of them; False writes zeros.
-        """
-        if set_to_none:
-            self.base_optimizer.zero_grad()  # some optimizers take no argument
-        else:
-            self.base_optimizer.zero_grad(set_to_none=False)
-
-    # -- groups and checkpoints ----------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Adds a param group to the base optimizer.
-
-        Args:
-            param_group: ``params`` and options, as torch takes them; also rho, epsilon, adaptive.
-
-        Raises:
-            RuntimeError: perturbed.
-            TypeError, ValueError: as at construction.
-        """
-        self._require_idle("add_param_group()")
-        self._complete_groups()
-        groups = self.param_groups
-        options = {key: self.defaults[key] for key in OPTIONS}
-        self.base_optimizer.add_param_group(complete_group(dict(param_group), options, self._steps))
-        try:
-            check_group(groups, len(groups) - 1)
-            if self.flatten_parameters:
-                flatten_groups(groups, len(groups) - 1)
-        except BaseException:
-            groups.pop()
-            raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict; its groups hold rho, epsilon, adaptive and the count of steps too.
-
-        Raises:
-            RuntimeError: perturbed.
-        """
-        self._require_idle("state_dict()")
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(post_hook(self, state_dict), state_dict)
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; or a plain base optimizer's, davda54/sam's, pytorch_optimizer's or Composer's.
-
-        Options that the saved groups do not have stay as they are. A ``rho`` that is a tensor keeps its identity and
-        takes the saved value.
-
-        Args:
-            state_dict: the saved state. It is not changed.
-
-        Raises:
-            RuntimeError: perturbed.
-            ValueError: it does not fit this optimizer's groups, or an option in it is out of range.
-        """
-        self._require_idle("load_state_dict()")
-        state_dict = state_dict.copy()  # hooks may write to it
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _or(pre_hook(self, state_dict), state_dict)
-        self._complete_groups()
-        before = [{key: group[key] for key in (*OPTIONS, COUNTER)} for group in self.param_groups]
-        state_dict = to_base_state_dict(state_dict)
-        for i, (options, saved) in enumerate(zip(before, state_dict["param_groups"], strict=False)):
-            check_options({**options, **saved}, f" of param group {i} of the state dict")
-        self.base_optimizer.load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, before, strict=True):
-            if isinstance(rho := options["rho"], Tensor) and "rho" in group:
-                with torch.no_grad():
-                    group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
-            for key, value in options.items():
-                group.setdefault(key, value)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._require_idle("pickle and deepcopy")
-        names = ("base_optimizer", "defaults", "interval", "flatten_parameters", "_backend")
-        return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # pickle and deepcopy leave these two behind: a bound no_sync would bring the whole model along. As defaults of
-        # the class they would hide the instance's from Lightning's wrapper, which inherits from this class.
-        super().__setstate__({"first_pass_context": None, "grad_scaler": None, **state})
-        self._state = _State(self._backend)
-        after_zero_grad(self.base_optimizer, self._mark_stale)
-
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _run(self, closure: Closure | None) -> tuple[Any, bool]:
@@ -456,6 +358,7 @@ class FusedSAM(Optimizer):
                     "the gradients again before step() or second_step(), or pass step() a closure"
                     + closures.advice(amp.in_scaler_step(self))
                 )
+            self._check_second_pass()
             if passes is not None:
                 self._call(passes.plain)  # for the trainer's hooks
             return None, True
@@ -465,10 +368,12 @@ class FusedSAM(Optimizer):
                 "computes any. Use FusedSAM(..., grad_scaler=scaler) and sam.step(closure), or first_step(), a second "
                 "backward and scaler.step(sam)"
             )
-        loss = None
+        self._check_lost()
+        loss, taken = None, False
         if not self._state.perturbed:
             is_sam_step = self.is_sam_step
-            if passes.by_trainer or not self._state.stale.any_fresh(self._parameters()):
+            taken = not passes.by_trainer and self._gradients_are_there()
+            if not taken:
                 # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
                 context = self.first_pass_context if is_sam_step else None
                 with nullcontext() if context is None else context():
@@ -479,18 +384,73 @@ class FusedSAM(Optimizer):
                 return loss, True
             self._perturb()
             self.zero_grad()
-        loss_above = self._call(passes.above)
+        loss_above = self._call_above(passes.above) if taken else self._call(passes.above)
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss, not (passes.by_trainer and loss_above is None)
 
-    @property
-    def _steps(self) -> int:
-        """How many are completed; 0 while there are no groups: some callers clear the list and add them again."""
-        groups = self.param_groups
-        if groups and COUNTER not in groups[0]:
-            self._complete_groups()
-        return int(groups[0][COUNTER]) if groups else 0
+    def _gradients_are_there(self) -> bool:
+        """Whether a closure is to find the gradients at w, and not to compute them."""
+        if self.closure_passes == "two":
+            return False
+        fresh = self._state.stale.any_fresh(self._parameters())
+        if not fresh and self.closure_passes == "one":
+            raise RuntimeError(
+                "closure_passes='one' takes the gradients at w that are there, but no backward has written any since "
+                "the last step: call loss.backward() before step(closure), or use closure_passes='two'"
+            )
+        return fresh
+
+    def _check_second_pass(self) -> None:
+        """Looks at what a loop in two calls did between them."""
+        state = self._state
+        if state.announced is not None and state.announced.doubled:
+            raise RuntimeError(
+                "a second gradient was added to that of a plain step, which first_step() had announced by returning "
+                "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
+                "sam.is_sam_step before the second pass"
+            )
+        if state.perturbed and all(p.grad is None for group in self.param_groups for p in group["params"]):
+            tell_once(
+                "no second gradient",
+                "second_step() found no gradient, so the base optimizer has nothing to step by: after "
+                "first_step(zero_grad=True) compute the loss and call backward() again, at w + e_w",
+            )
+
+    def _check_lost(self) -> None:
+        """What pickle leaves behind, a closure can't do without."""
+        if "grad_scaler" in self._lost and self.grad_scaler is None:
+            raise RuntimeError(
+                "this FusedSAM comes from a pickle, which leaves grad_scaler behind, so the scale of the gradients is "
+                "not known: set sam.grad_scaler = scaler (GradScaler(enabled=False) where there is none any more)"
+            )
+        if "first_pass_context" in self._lost and self.first_pass_context is None:
+            tell_once(
+                "first_pass_context",
+                "this FusedSAM comes from a pickle, which leaves first_pass_context behind: set it again, or the first "
+                "pass runs without it",
+            )
+
+    def _call_above(self, closure: Closure) -> Any:
+        """Runs a closure once, at w + e_w, by the gradients that were there; says so where it seems to be a mistake."""
+        state = self._state
+        if state.watched or self.closure_passes != "auto":
+            return self._call(closure)
+        state.watched = True
+        state.clearing = ClearingWatch(state.layout.smallest())
+        try:
+            loss = self._call(closure)
+        finally:
+            cleared, state.clearing = state.clearing.end(), None
+        if cleared:
+            tell_once(
+                "closure passes",
+                "step(closure) took the gradients that were there for those at w, and ran the closure once, at w + e_w "
+                "- but the closure clears the gradients, as one does that computes both. If it is to compute both, use "
+                "FusedSAM(..., closure_passes='two'), or clear the gradients before step(closure); if those that were "
+                "there are the ones at w, use closure_passes='one'",
+            )
+        return loss
 
     def _count_step(self) -> None:
         for group in self.param_groups:
@@ -503,7 +463,7 @@ class FusedSAM(Optimizer):
     @torch.enable_grad()
     def _call(self, closure: Closure) -> Any:
         with self._clippable():
-            return closure()
+            return compiled(closure)
 
     @contextmanager
     def _clippable(self) -> Generator[None, None, None]:
@@ -536,6 +496,7 @@ class FusedSAM(Optimizer):
             raise
         finally:
             state.perturbing = False
+        state.witness = state.layout.witness()
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
 
@@ -557,21 +518,46 @@ class FusedSAM(Optimizer):
                 return False
         return not any(local(p.grad).any() for p in self._parameters() if p.grad is not None)
 
-    def _complete_groups(self) -> None:
-        """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
-        groups = self.param_groups
-        if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
-            options = {key: self.defaults[key] for key in OPTIONS}
-            steps = max(group.get(COUNTER, 0) for group in groups)
-            for i, group in enumerate(groups):
-                complete_group(group, options, steps)
-                check_group(groups, i)
-
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _start(self) -> None:
+        state = self._state = _State(self._backend)
+        after_zero_grad(self.base_optimizer, self._after_zero_grad)
+        around_step(self.base_optimizer, self._before_base_step, self._after_base_step)
+        if self.closure_passes != "one":
+            self._mark_stale()
+        _alive.add(self)
+        # Not __del__: Lightning's wrapper inherits from this class, and is collected while the step goes on.
+        weakref.finalize(self, _restore_collected, state).atexit = False
+
     def _mark_stale(self) -> None:
         self._state.stale.mark(self._parameters())
+
+    def _after_zero_grad(self, gone: bool) -> None:
+        state = self._state
+        if state.announced is not None:
+            state.announced.forgive()
+        if state.clearing is not None:
+            state.clearing.cleared = True
+        if not gone:
+            self._mark_stale()
+
+    def _before_base_step(self) -> None:
+        if self._state.perturbed:
+            raise RuntimeError(
+                "the base optimizer's step() was called while the weights are perturbed (w + e_w): call second_step(), "
+                "which restores w and steps, or restore() first"
+            )
+
+    def _after_base_step(self) -> None:
+        if not self._state.stepping:  # somebody steps the base optimizer by itself
+            self._mark_stale()
+
+    def _end_announcement(self) -> None:
+        if self._state.announced is not None:
+            self._state.announced.end()
+            self._state.announced = None
 
     def _require_idle(self, what: str) -> None:
         if self._state.perturbed:
@@ -581,6 +567,55 @@ class FusedSAM(Optimizer):
             )
 
 
-def _or(result: Any, default: Any) -> Any:
-    """What a hook returned, where it returned something."""
-    return default if result is None else result
+class SAM(FusedSAM):
+    """`FusedSAM` by davda54/sam's name and signature: some training code asks for the name of the class.
+
+    Args:
+        params: as in `FusedSAM`.
+        base_optimizer: the class of the base optimizer, or another function that makes one from params.
+        rho: radius of the neighbourhood, >= 0.
+        adaptive: climb by ASAM's scale-invariant rule.
+        **kwargs: options of the base optimizer, and the keywords of `FusedSAM`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float | Tensor = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
+
+
+_alive: weakref.WeakSet[FusedSAM] = weakref.WeakSet()
+
+
+def _restore_left_perturbed(base: Optimizer) -> None:
+    """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
+    params = {id(p) for group in base.param_groups for p in group["params"]}
+    for sam in list(_alive):
+        if sam.perturbed and any(id(p) in params for p in sam._parameters()):
+            sam.restore()
+            warnings.warn(
+                "an earlier FusedSAM had left these weights perturbed (w + e_w), as an interrupted loop does: they are "
+                "restored. `with sam:` around the loop restores by itself",
+                stacklevel=3,
+            )
+
+
+@torch.no_grad()
+def _restore_collected(state: _State) -> None:
+    """Of a FusedSAM that nobody holds any more: restores, unless somebody wrote to the weights since."""
+    if not state.perturbed:
+        return
+    untouched = state.witness is not None and state.witness[0]._version == state.witness[1]
+    if untouched:
+        state.layout.restore()
+    warnings.warn(
+        "a FusedSAM was deleted while the weights were perturbed (w + e_w): they "
+        + ("are restored" if untouched else "stay so, since something else has written to them")
+        + ". `with sam:` around the loop restores by itself",
+        stacklevel=2,
+    )

@@ -121,7 +121,7 @@ def test_trajectories_agree(backend, dtype, form, base, adaptive):
 
 @pytest.fixture
 def rounded_sqrt(monkeypatch):
-    """The peer's square root, correctly rounded: torch's own in fp32 on CPU is one ulp off on some processors (AMD's)."""
+    """The peer's square root, correctly rounded: torch's own, in fp32 on CPU, is one ulp off on AMD's processors."""
     monkeypatch.setattr(torch.Tensor, "sqrt_", lambda t: t.fill_(math.sqrt(t.item())))
 
 

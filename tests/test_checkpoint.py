@@ -1,16 +1,18 @@
 """State dicts: FusedSAM's own, plain ones, other SAM optimizers', and copies by pickle and deepcopy."""
 
+import contextlib
 import copy
 import io
 import pickle
 
 import pytest
+import pytorch_optimizer
 import torch
 from pytorch_optimizer import SAM
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from fastsam import FusedSAM
+from fastsam import FusedSAM, notices
 from tests.oracle import copies, same_bits
 
 ADAMW = {"lr": 0.01, "weight_decay": 0.1}
@@ -251,12 +253,64 @@ def test_copies_train_on_by_themselves(how, form, backend):
     assert len(passes) == 1  # step 9, from 0, is plain: a fresh gradient would have been used as it is
 
 
-def test_copies_leave_the_context_and_scaler_behind():
+def scaled_step(model, sam, scaler):
+    def closure():
+        sam.zero_grad()
+        loss = model(torch.ones(2, 4)).square().mean()
+        scaler.scale(loss).backward()
+        return loss
+
+    sam.step(closure)
+    scaler.update()
+
+
+def test_deepcopy_shares_the_scaler_and_the_context():
+    """A closure step of the copy is the original's; without the scale it would be longer by it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    context = contextlib.nullcontext
     model = make_model()
-    sam = make(model, first_pass_context=torch.no_grad, grad_scaler=torch.amp.GradScaler("cpu"))
-    for copied in (copy.deepcopy(sam), pickle.loads(pickle.dumps(sam))):
-        assert copied.first_pass_context is None
-        assert copied.grad_scaler is None
+    sam = make(model, first_pass_context=context, grad_scaler=scaler)
+    twin, copied = copy.deepcopy((model, sam))
+    assert copied.grad_scaler is scaler
+    assert copied.first_pass_context is context
+    assert copied.base_optimizer is not sam.base_optimizer
+    scaled_step(model, sam, scaler)
+    scaled_step(twin, copied, scaler)
+    assert same_bits(copies(model.parameters()), copies(twin.parameters()))
+
+
+def test_pickle_leaves_the_scaler_behind_and_a_closure_step_says_so():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = make_model()
+    sam = make(model, grad_scaler=scaler)
+    twin, copied = pickle.loads(pickle.dumps((model, sam)))
+    copied = pickle.loads(pickle.dumps(copied))  # a copy of a copy knows it too
+    copied.param_groups[0]["params"] = list(twin.parameters())
+    assert copied.grad_scaler is None
+    before = copies(twin.parameters())
+    with pytest.raises(RuntimeError, match=r"set sam\.grad_scaler = scaler"):
+        scaled_step(twin, copied, scaler)
+    assert same_bits(copies(twin.parameters()), before)
+    copied.grad_scaler = scaler
+    scaled_step(model, sam, scaler)
+    scaled_step(twin, copied, scaler)
+    assert same_bits(copies(model.parameters()), copies(twin.parameters()))
+
+
+def test_pickle_leaves_the_context_behind_and_a_closure_step_says_so_once(monkeypatch):
+    monkeypatch.setattr(notices, "told", set())
+    model = make_model()
+    sam = pickle.loads(pickle.dumps(make(model, first_pass_context=contextlib.nullcontext)))
+    with pytest.warns(UserWarning, match="set it again") as caught:
+        for _ in range(2):
+            sam.step(lambda: sum(p.square().sum() for p in sam._parameters()).backward())
+    assert len(caught) == 1
+
+
+def test_a_disabled_scaler_is_not_missed():
+    sam = make(make_model(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    copied = pickle.loads(pickle.dumps(sam))
+    copied.step(lambda: sum(p.square().sum() for p in copied._parameters()).backward())
 
 
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
@@ -287,3 +341,44 @@ def test_distributed_checkpoint_initialises_state(base):
     got = [v for p in other.parameters() for v in loaded.state[p].values() if v is not None]
     assert same_bits(got, saved)
     assert len(got) == (12 if base is torch.optim.AdamW else 0)
+
+
+NESTED = {
+    "lookahead": lambda params: pytorch_optimizer.Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9), k=2),
+    "schedule-free": lambda params: pytorch_optimizer.ScheduleFreeWrapper(
+        torch.optim.SGD(params, lr=0.1), momentum=0.9
+    ),
+    "magma": lambda params: pytorch_optimizer.Magma(torch.optim.AdamW(params, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_state_dicts_of_another_layout(name):
+    """Nested, without "state" or "param_groups" on top: what the base loads, FusedSAM loads, its own beside it."""
+
+    def new():
+        model = make_model()
+        base = NESTED[name](model.parameters())
+        sam = FusedSAM(base, rho=0.3, interval=2, epsilon=1e-6)
+        if hasattr(sam, "train"):
+            sam.train()
+        return model, sam
+
+    torch.manual_seed(1)
+    model, sam = new()
+    train(model, sam, 3)
+    sam.param_groups[0]["rho"] = 0.25
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": sam.state_dict()}, file)
+    other, loaded = new()
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other.load_state_dict(saved["model"])
+    loaded.load_state_dict(saved["optimizer"])
+    group = loaded.param_groups[0]
+    assert (group["rho"], group["epsilon"], group["sam_step"]) == (0.25, 1e-6, 3)
+    assert loaded.is_sam_step
+    for m, s in ((model, sam), (other, loaded)):
+        torch.manual_seed(2)  # Magma draws at random
+        train(m, s, 4, start=3)
+    assert same_bits(copies(model.parameters()), copies(other.parameters()))

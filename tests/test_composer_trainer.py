@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastsam
-from fastsam import closures, composer as ours
+from fastsam import composer as ours, notices
 from tests.distributed import assert_same_bits, flat, on_ranks
 from tests.oracle import copies, same_bits
 
@@ -119,9 +119,9 @@ def test_the_optimizer_may_be_wrapped_beforehand():
 
 def test_fused_sam_itself_says_what_to_use(monkeypatch):
     """In Composer's Trainer it trains well, but both gradients are synchronised, and the logs count both losses."""
-    monkeypatch.setattr(closures, "_warned_of_composer", False)
+    monkeypatch.setattr(notices, "told", set())
     said = []
-    monkeypatch.setattr(closures.warnings, "warn", lambda text, **_: said.append(text))
+    monkeypatch.setattr(notices.warnings, "warn", lambda text, **_: said.append(text))
     run = Run(wrap=lambda base: fastsam.FusedSAM(base, 0.1))
     assert len([text for text in said if "use fastsam.composer.SAM" in text]) == 1
     expected = Run(ours.SAM(0.1))

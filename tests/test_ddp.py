@@ -328,10 +328,9 @@ def test_context_that_is_no_factory_is_refused(wrong):
         FusedSAM(torch.optim.SGD([w], lr=0.1), first_pass_context=wrong)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sam: pickle.loads(pickle.dumps(sam))])
-def test_copies_leave_the_context_behind(duplicate):
+def test_pickle_leaves_the_context_behind():
     w = nn.Parameter(torch.ones(3))
     # A lambda can't be pickled, and a bound no_sync would bring its model along.
     sam = FusedSAM([w], torch.optim.SGD, lr=0.1, first_pass_context=lambda: nullcontext())
-    assert duplicate(sam).first_pass_context is None
-    assert sam.first_pass_context is not None
+    assert pickle.loads(pickle.dumps(sam)).first_pass_context is None
+    assert copy.deepcopy(sam).first_pass_context is sam.first_pass_context

@@ -38,7 +38,7 @@ WRONG_OPTIONS = [
     ({"epsilon": -1e-12}, ValueError, "epsilon must be finite and >= 0, but got -1e-12"),
     ({"epsilon": math.nan}, ValueError, "epsilon must be finite"),
     ({"epsilon": torch.tensor(1e-12)}, TypeError, "epsilon must be a float"),
-    ({"adaptive": 1}, TypeError, "adaptive must be True or False, but got 1"),
+    ({"adaptive": 2}, TypeError, "adaptive must be True or False, but got 2"),
     ({"adaptive": None}, TypeError, "adaptive must be True or False"),
     ({"interval": 0}, ValueError, "interval must be >= 1, but got 0"),
     ({"interval": -2}, ValueError, "interval must be >= 1"),
@@ -79,7 +79,7 @@ def test_options_of_a_group(key, value, error):
         ("rho", math.nan, ValueError),
         ("rho", "large", TypeError),
         ("epsilon", -1.0, ValueError),
-        ("adaptive", 1, TypeError),
+        ("adaptive", 2, TypeError),
     ],
 )
 def test_options_that_go_wrong_while_training(key, value, error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastsam import notices
 from tests.distributed import PlainSAM, flat
 from tests.oracle import same_bits
 from tests.trainer import (
@@ -260,3 +262,54 @@ def test_example(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert printed[f"{form}, steps"] == "90"
     assert float(printed[f"{form}, accuracy"]) > 0.85
+
+
+class CountedTwice(Manual):
+    """davda54/sam in Lightning, as public code has it: what steps is not Lightning's, so the loop is told by hand."""
+
+    around = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        optimizer.first_step(zero_grad=True)
+        self.manual_backward(self.loss(batch))
+        if self.around:
+            optimizer._on_before_step()
+        optimizer.second_step(zero_grad=True)
+        if self.around:
+            optimizer._on_after_step()
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_steps_that_are_counted_twice_are_told(around: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "told", set())
+    module = CountedTwice()
+    module.around = around
+    runner = trainer(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner.fit(module, loader())
+    told = [str(warning.message) for warning in caught if "_on_before_step" in str(warning.message)]
+    assert len(told) == around
+    assert runner.global_step == BATCHES * EPOCHS * (2 if around else 1)
+
+
+def test_options_reach_the_optimizer_through_lightnings_wrapper(tmp_path: Path) -> None:
+    """Its attributes are its own; an interval that is set there has to count all the same."""
+    seen = []
+
+    class Scheduled(CountedTwice):
+        around = False
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            sam = self.optimizers()
+            sam.interval, sam.rho, sam.closure_passes = 2, 0.25, "two"
+            seen.append((sam.optimizer.interval, sam.optimizer.rho, sam.optimizer.closure_passes))
+            self.manual_backward(self.loss(batch))
+            if sam.first_step(zero_grad=True):
+                self.manual_backward(self.loss(batch))
+            sam.second_step(zero_grad=True)
+
+    trainer(tmp_path).fit(Scheduled(), loader())
+    assert set(seen) == {(2, 0.25, "two")}

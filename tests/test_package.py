@@ -247,6 +247,11 @@ def test_report_gives_every_backend_its_state():
     assert "default on cpu" in rows[backends.default(torch.device("cpu"))]
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="no GPU build of torch is what this is about")
+def test_report_advises_no_reinstall_where_it_cannot_help():
+    assert re.fullmatch(r"missing: torch \S+ is not built for CUDA: install one that is, .*", report()["cuda"])
+
+
 @pytest.mark.parametrize("name", ["reference", "no-such-backend"])
 def test_report_tells_of_an_override(name):
     result = python("-m", "fastsam", cwd=ROOT, FASTSAM_BACKEND=name)

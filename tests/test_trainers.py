@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsam import closures
+from fastsam import notices
 from tests.linear import backward, make
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def closure_of(module, model, sam):
 
 
 def test_composers_trainer_is_told_from_its_closure_once(monkeypatch):
-    monkeypatch.setattr(closures, "_warned_of_composer", False)
+    monkeypatch.setattr(notices, "told", set())
     model, sam = make()
     closure = closure_of("composer.trainer.trainer", model, sam)
     with pytest.warns(UserWarning, match=r"use fastsam\.composer\.SAM"):

@@ -18,6 +18,10 @@ __all__ = ["chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
 try:
     _library: ModuleType = importlib.import_module("fastsam._C_cuda")
 except ImportError as error:
+    if torch.version.cuda is None:
+        raise ImportError(
+            f"torch {torch.__version__} is not built for CUDA: install one that is, and then fastsam again"
+        ) from None
     raise ImportError(
         f"fastsam's CUDA library could not be loaded ({error}); it is built for one major version of CUDA, by nvcc and "
         "a torch for that CUDA: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"

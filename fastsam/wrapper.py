@@ -1,0 +1,288 @@
+"""What FusedSAM is beside the step: an optimizer around another, with its groups, options, checkpoints and copies."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from fastsam.arguments import (
+    COUNTER,
+    OPTIONS,
+    ContextFactory,
+    check_group,
+    check_interval,
+    check_options,
+    check_passes,
+    complete_group,
+)
+from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
+from fastsam.layout import flatten_groups
+
+__all__ = ["OptimizerWrapper", "or_default"]
+
+Group = dict[str, Any]
+
+PICKLED = ("base_optimizer", "defaults", "flatten_parameters", "_settings", "_backend")
+
+
+class OptimizerWrapper(Optimizer):
+    """An optimizer that steps another one: groups and state are the other's own, so all see one optimizer."""
+
+    base_optimizer: Optimizer
+    flatten_parameters: bool
+    first_pass_context: ContextFactory | None
+    grad_scaler: GradScaler | None
+    _settings: dict[str, Any]  # one object, which is changed in place: Lightning's wrapper has attributes of its own
+    _backend: str | None
+    _lost: tuple[str, ...]
+
+    # -- for the state machine to say ----------------------------------------------------------------------------------
+
+    def _require_idle(self, what: str) -> None:
+        """Raises a RuntimeError where the weights are perturbed."""
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        """A new state machine: at construction, and in a copy."""
+        raise NotImplementedError
+
+    # -- the base optimizer's own --------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The base optimizer's param groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        """``train`` and ``eval`` where the base optimizer has them, as schedule-free ones do."""
+        base = self.__dict__.get("base_optimizer")
+        if name in ("train", "eval") and hasattr(base, name):
+            return functools.partial(self._call_base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _call_base(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self._require_idle(f"{name}()")
+        return getattr(self.base_optimizer, name)(*args, **kwargs)
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as the base optimizer does.
+
+        Args:
+            set_to_none: let go of them; False writes zeros.
+        """
+        if set_to_none:
+            self.base_optimizer.zero_grad()  # some optimizers take no argument
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
+
+    # -- options -------------------------------------------------------------------------------------------------------
+
+    @property
+    def rho(self) -> float | Tensor:
+        """The radius, a key of all param groups; setting it sets it in each. ValueError where they differ."""
+        return cast("float | Tensor", self._option("rho"))
+
+    @rho.setter
+    def rho(self, rho: float | Tensor) -> None:
+        self._set_option("rho", rho)
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the norm, a key of all param groups, as `rho`."""
+        return cast(float, self._option("epsilon"))
+
+    @epsilon.setter
+    def epsilon(self, epsilon: float) -> None:
+        self._set_option("epsilon", epsilon)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the ascent is ASAM's, a key of all param groups, as `rho`."""
+        return cast(bool, self._option("adaptive"))
+
+    @adaptive.setter
+    def adaptive(self, adaptive: bool) -> None:
+        self._set_option("adaptive", adaptive)
+
+    @property
+    def interval(self) -> int:
+        """Step k, counted from 0, is a SAM step when (k + 1) is a multiple of it."""
+        return cast(int, self._settings["interval"])
+
+    @interval.setter
+    def interval(self, interval: int) -> None:
+        self._settings["interval"] = check_interval(interval)
+
+    @property
+    def closure_passes(self) -> str:
+        """Which gradients ``step(closure)`` takes for those at w: "auto", "one" or "two"."""
+        return cast(str, self._settings["closure_passes"])
+
+    @closure_passes.setter
+    def closure_passes(self, closure_passes: str) -> None:
+        self._settings["closure_passes"] = check_passes(closure_passes)
+
+    def _option(self, name: str) -> Any:
+        self._complete_groups()
+        values = [group[name] for group in self.param_groups] or [self.defaults[name]]
+        if any(value is not values[0] and value != values[0] for value in values):
+            raise ValueError(
+                f"{name} differs between the param groups: read param_groups[i][{name!r}], {len(values)} of them"
+            )
+        return values[0]
+
+    def _set_option(self, name: str, value: Any) -> None:
+        options = check_options({**self.defaults, name: value})
+        self.defaults[name] = options[name]
+        for group in self.param_groups:
+            group[name] = options[name]
+
+    # -- groups --------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a param group to the base optimizer.
+
+        Args:
+            param_group: ``params`` and options, as torch takes them; also rho, epsilon, adaptive.
+
+        Raises:
+            RuntimeError: perturbed.
+            TypeError, ValueError: as at construction.
+        """
+        self._require_idle("add_param_group()")
+        self._complete_groups()
+        groups = self.param_groups
+        options = {key: self.defaults[key] for key in OPTIONS}
+        self.base_optimizer.add_param_group(complete_group(dict(param_group), options, self._steps))
+        try:
+            check_group(groups, len(groups) - 1)
+            if self.flatten_parameters:
+                flatten_groups(groups, len(groups) - 1)
+        except BaseException:
+            groups.pop()
+            raise
+
+    def _complete_groups(self) -> None:
+        """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
+        groups = self.param_groups
+        if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
+            options = {key: self.defaults[key] for key in OPTIONS}
+            steps = max(group.get(COUNTER, 0) for group in groups)
+            for i, group in enumerate(groups):
+                complete_group(group, options, steps)
+                check_group(groups, i)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def _steps(self) -> int:
+        """How many are completed; 0 while there are no groups: some callers clear the list and add them again."""
+        groups = self.param_groups
+        if groups and COUNTER not in groups[0]:
+            self._complete_groups()
+        return int(groups[0][COUNTER]) if groups else 0
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict; its groups hold rho, epsilon, adaptive and the count of steps too.
+
+        Raises:
+            RuntimeError: perturbed.
+        """
+        self._require_idle("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = with_groups(self.base_optimizer.state_dict(), self._own_options())
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = or_default(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; or a plain base optimizer's, davda54/sam's, pytorch_optimizer's or Composer's.
+
+        Options that the saved groups do not have stay as they are. A ``rho`` that is a tensor keeps its identity and
+        takes the saved value.
+
+        Args:
+            state_dict: the saved state. It is not changed.
+
+        Raises:
+            RuntimeError: perturbed.
+            ValueError: it does not fit this optimizer's groups, or an option in it is out of range.
+        """
+        self._require_idle("load_state_dict()")
+        state_dict = state_dict.copy()  # hooks may write to it
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = or_default(pre_hook(self, state_dict), state_dict)
+        self._complete_groups()
+        before = self._own_options()
+        state_dict, beside = without_groups(to_base_state_dict(state_dict))
+        saved_groups = beside or state_dict.get("param_groups", [])
+        for i, (options, saved) in enumerate(zip(before, saved_groups, strict=False)):
+            check_options({**options, **saved}, f" of param group {i} of the state dict")
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, beside, strict=False):
+            group.update(saved)
+        for group, options in zip(self.param_groups, before, strict=True):
+            if isinstance(rho := options["rho"], Tensor) and "rho" in group:
+                with torch.no_grad():
+                    group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
+            for key, value in options.items():
+                group.setdefault(key, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_options(self) -> list[Group]:
+        return [{key: group[key] for key in (*OPTIONS, COUNTER) if key in group} for group in self.param_groups]
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_idle("pickle and deepcopy")
+        # A bound no_sync would bring the whole model along, and the loss scale of the copy would be another one.
+        scaler = self.grad_scaler is not None and self.grad_scaler.is_enabled()
+        losing = {"first_pass_context": self.first_pass_context is not None, "grad_scaler": scaler}
+        lost = (*self._lost, *(name for name, there in losing.items() if there))
+        return {name: self.__dict__[name] for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # As defaults of the class these would hide the instance's from Lightning's wrapper, which inherits from it.
+        super().__setstate__({"first_pass_context": None, "grad_scaler": None, "_lost": (), **state})
+        self._start()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
+        """A copy that shares the scaler and the context, which belong to the training and not to the optimizer."""
+        state = copy.deepcopy(self.__getstate__(), memo)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared = {name: self.__dict__[name] for name in ("first_pass_context", "grad_scaler", "_lost")}
+        copied.__setstate__({**state, **shared})
+        return copied
+
+
+def or_default(result: Any, default: Any) -> Any:
+    """What a hook returned, where it returned something."""
+    return default if result is None else result
