@@ -92,6 +92,7 @@ class ParameterBucket:
         partials: room for a partial sum of squares of each chunk, float64 (float32 where there is none), for kernels.
         counter: int32 0-d on the device: 0, but while a norm kernel counts in it which of its blocks is the last.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
+        plan: what a backend keeps with the bucket.
         saved: int32 0-d on the device, 1 once `backup` holds the weights of this step; norm writes 0, perturb 1.
 
     Raises:
@@ -150,6 +151,7 @@ class ParameterBucket:
         self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
+        self.plan: object = None
 
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
