@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsam.device import capturing, upload
 from fastsam.distributed import is_dtensor, local, local_grad
+from fastsam.survey import layouts_of, native
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 
@@ -31,35 +32,69 @@ class PointerTable:
     baked into its kernels: so no later step changes what a graph reads, and no replay what a later step reads.
 
     Attributes:
-        pointers: the addresses as the host knows them; 0 says that there is no tensor.
-        tensor: the same, int64 ``[n]`` on the device.
+        tensor: the addresses, int64 ``[n]`` on the device.
+        complete: whether none is 0.
         refreshes: how often a table was written.
     """
 
     def __init__(self, pointers: list[int], device: torch.device) -> None:
-        self.pointers = pointers
         self._host = array("q", pointers)
         # A view of the host's array: on CPU it is the table itself.
         self._view = torch.frombuffer(self._host, dtype=torch.int64)
         self.tensor = self._view if device.type == "cpu" else self._view.to(device)
-        self._eager, self._eager_pointers = self.tensor, pointers
+        self._eager = self.tensor
+        self._captured: list[int] | None = None
+        self.complete = all(pointers)
         self.refreshes = 1
+
+    @property
+    def pointers(self) -> list[int]:
+        """The addresses as the host knows them; 0 says that there is no tensor."""
+        return self._host.tolist() if self._captured is None else self._captured
 
     def update(self, pointers: list[int]) -> None:
         """Writes `pointers` when they differ from those of the last call; as many as at construction."""
         if capturing(self._eager.device):
             self.tensor = torch.zeros_like(self._eager)
             torch._foreach_add_(self.tensor.unbind(), pointers)
+            self._captured = pointers
+            self.complete = all(pointers)
             self.refreshes += 1
-        else:
-            self.tensor = self._eager
-            if pointers != self._eager_pointers:
-                self._host[:] = array("q", pointers)
-                if self.tensor is not self._view:
-                    upload(self.tensor, self._view)
-                self._eager_pointers = pointers
-                self.refreshes += 1
-        self.pointers = pointers
+            return
+        found = array("q", pointers)
+        changed = found != self._host
+        if changed:
+            self._host[:] = found
+        self._updated(changed)
+
+    def take(self, tensors: list[Tensor], layouts: Tensor) -> bool:
+        """Does as `update` with the tensors' addresses, by the native library.
+
+        Args:
+            tensors: plain strided ones, as many as at construction.
+            layouts: those that are expected, of `survey.layouts_of`.
+
+        Returns:
+            False, and nothing is done, where they lie otherwise, or where it takes `update`.
+        """
+        survey = native()
+        if survey is None or capturing(self._eager.device):
+            return False
+        found = survey(tensors, layouts, self._view)
+        if found == 0:
+            return False
+        self._updated(found == 2)
+        return True
+
+    def _updated(self, changed: bool) -> None:
+        """Brings the host's array, which `changed`, to the device."""
+        if changed and self._eager is not self._view:
+            upload(self._eager, self._view)
+        self.refreshes += changed
+        if changed or self._captured is not None:
+            self.complete = all(self._host)
+        self.tensor = self._eager
+        self._captured = None
 
 
 class ParameterBucket:
@@ -135,7 +170,7 @@ class ParameterBucket:
         self._views = [(w.shape, w.stride()) for w in self.weights]
         self._grad_strides = [w.stride() for w in self.weights]
         self._laid_out_for = _layouts(self._shards())
-        self._checked = False
+        self._grad_layouts: Tensor | None = None
         self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
 
         pointers = [w.data_ptr() for w in self.weights]
@@ -180,17 +215,28 @@ class ParameterBucket:
             grads = [local_grad(p, name) for p, name in zip(self.params, self.names, strict=True)]
         else:
             grads = [p.grad for p in self.params]
-        present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
-        if not (self._checked and self._fit(cast("list[Tensor]", present))):
-            if _layouts(self._shards()) != self._laid_out_for:
-                return False
-            grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
-            self._checked = True
+        if not self._take(grads):
+            present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
+            if self._grad_layouts is None or not self._fit(cast("list[Tensor]", present)):
+                if _layouts(self._shards()) != self._laid_out_for:
+                    return False
+                grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
+                self._grad_layouts = layouts_of(self.dtype, [w.shape for w in self.weights], self._grad_strides)
+            self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         self.grads = grads
-        self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         for i in self._staged:
             self.weights[i].copy_(local(self.params[i]))
         return True
+
+    def _take(self, grads: list[Tensor | None]) -> bool:
+        """Whether the native library found all gradients to lie as their parameters do, and took their addresses."""
+        if self._grad_layouts is None or set(map(type, grads)) != {Tensor}:
+            return False
+        plain = cast("list[Tensor]", grads)
+        try:
+            return self.grad_table.take(plain, self._grad_layouts) and not self._any_negated(plain)
+        except RuntimeError:  # a sparse gradient has no strides
+            return False
 
     def release(self) -> None:
         """Lets go of the gradients: only the ascent needs them."""
@@ -198,8 +244,9 @@ class ParameterBucket:
 
     def unstage(self) -> None:
         """Brings what kernels wrote to the parameters: out of staged copies, and to the versions of DTensors."""
+        pointers = self.grad_table.pointers if self._staged else []
         for i in self._staged:
-            if self.grad_table.pointers[i]:
+            if pointers[i]:
                 local(self.params[i]).copy_(self.weights[i])
         self._increment_versions()
 
@@ -222,7 +269,7 @@ class ParameterBucket:
 
     def live_weights(self) -> list[Tensor]:
         """w of every live slot."""
-        if all(self.grad_table.pointers):
+        if self.grad_table.complete:
             return self.weights
         return [w for w, pointer in zip(self.weights, self.grad_table.pointers, strict=True) if pointer]
 
@@ -257,11 +304,14 @@ class ParameterBucket:
                 [g.dtype for g in grads] == self._dtypes
                 and list(map(Tensor.numel, grads)) == self._sizes
                 and list(map(Tensor.stride, grads)) == self._grad_strides
-                # A lazily negated gradient, a view, has these strides only where it has a single element.
-                and not any(grads[i].is_neg() for i in self._single)
+                and not self._any_negated(grads)
             )
         except RuntimeError:  # a sparse gradient has no strides
             return False
+
+    def _any_negated(self, grads: Sequence[Tensor]) -> bool:
+        """Whether one is lazily negated: a view, which has its parameter's strides only where it has one element."""
+        return any(grads[i].is_neg() for i in self._single)
 
     def _conform(self, i: int, g: Tensor) -> Tensor:
         """The gradient of slot i, checked, in its weight's strides."""

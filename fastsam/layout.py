@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import is_
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Layout:
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
-        self._ids: list[list[int]] = []
+        self._params: list[list[Tensor]] = []
         self._options: tuple[list[float | Tensor], list[float], list[bool]] | None = None
         self._warned = False
 
@@ -60,14 +61,13 @@ class Layout:
             TypeError: a gradient or parameter of a kind that can't be perturbed.
             ValueError: an option out of range; a gradient that does not fit its parameter.
         """
-        ids = [list(map(id, group["params"])) for group in groups]
         if (
-            ids != self._ids
+            not self._knows(groups)
             or any(bucket.moved() for _, bucket in self.buckets)
             or any(p.grad is not None for p in self._slotless)
         ):
             self._lay_out(groups)
-            self._ids = ids
+            self._params = [list(group["params"]) for group in groups]
         if not all(bucket.gather() for _, bucket in self.buckets):
             self._lay_out(groups)
             for _, bucket in self.buckets:
@@ -131,6 +131,13 @@ class Layout:
                 bucket.backup = backup
             else:
                 bucket.release()
+
+    def _knows(self, groups: list[Group]) -> bool:
+        """Whether the groups hold the parameters of the last layout."""
+        pairs = zip(self._params, (group["params"] for group in groups), strict=False)
+        return len(groups) == len(self._params) and all(
+            len(known) == len(params) and all(map(is_, known, params)) for known, params in pairs
+        )
 
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}

@@ -43,6 +43,7 @@ class _State:
         self.loss_scale: Tensor | None = None
         self.announced: PlainStep | None = None  # what first_step() returned False on
         self.clearing: ClearingWatch | None = None
+        self.clears = False  # second_step() will, so that there is nothing to mark
         self.watched = False  # a closure that ran once; see `FusedSAM._call_above`
         self.stepping = False  # step() is under way
         self.witness: tuple[Tensor, int] | None = None  # a weight, and its version once it was perturbed
@@ -260,9 +261,17 @@ class FusedSAM(OptimizerWrapper):
             RuntimeError: not perturbed, on a step that is a SAM step.
         """
         closures.warn_of_double_counting(self)
-        self.step()
-        if zero_grad:
-            self.zero_grad()
+        state = self._state
+        state.clears = zero_grad
+        try:
+            self.step()
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            self._mark_stale()
+            raise
+        finally:
+            state.clears = False
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -455,7 +464,8 @@ class FusedSAM(OptimizerWrapper):
     def _count_step(self) -> None:
         for group in self.param_groups:
             group[COUNTER] += 1
-        self._mark_stale()
+        if not self._state.clears:
+            self._mark_stale()
 
     def _passes(self, closure: Closure) -> Passes:
         return Passes.of(closure)

@@ -325,3 +325,23 @@ def test_marks_are_one_optimizers_own():
     task.backward(1)
     first._mark_stale()
     assert second._state.stale.any_fresh(task.model.parameters())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_marks_once(set_to_none, monkeypatch):
+    """What second_step(zero_grad=True) lets go of needs no mark; zeros do."""
+    task = Task()
+    sam = wrap(task, None, "auto")
+    marks = []
+    mark = sam._state.stale.mark
+    monkeypatch.setattr(sam._state.stale, "mark", lambda params: (marks.append(1), mark(params)))
+    for zero_grad in (True, False):
+        task.base.zero_grad()
+        task.backward(0)
+        sam.first_step(zero_grad=True)
+        task.backward(0)
+        marks.clear()
+        sam.second_step(zero_grad=zero_grad)
+        assert len(marks) == (not zero_grad)
+    sam.zero_grad(set_to_none=set_to_none)
+    assert sam.step(task.closure(0, "optimizer")) is not None
