@@ -246,7 +246,7 @@ def _perturb(
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(saved, 1)
-    # Backwards: what norm read last is still in the L2 cache. All loads before the branch wait together.
+    # Backwards: what norm read last is still in the L2 cache.
     slot, n, group, offset, backup_offset = _chunk(chunks, tl.num_programs(0) - 1 - pid)
     g = tl.load(grads + slot)
     w = tl.load(weights + slot) + offset * SIZE

@@ -87,7 +87,25 @@ def test_the_current_stream_is_used(gpu_backend):
     with torch.cuda.stream(side):
         sam.restore()
     side.synchronize()
-    assert same_bits(found, expected_ascent(params))
+    # Another norm may round otherwise, and a stale gradient is off by a hundred times the tolerance.
+    for w, expected in zip(found, expected_ascent(params), strict=True):
+        torch.testing.assert_close(w, expected)
+
+
+def test_restore_runs_on_the_current_stream(gpu_backend):
+    params, sam = make(gpu_backend)
+    ascend(sam)
+    before = copies(params)
+    sam.first_step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        for p in params:
+            p.detach().fill_(float("nan"))
+        sam.restore()
+    torch.cuda.synchronize()
+    assert same_bits(params, before)
 
 
 def test_the_backup_outlives_a_restore_on_another_stream(fused_backend):
@@ -129,7 +147,8 @@ def test_the_backup_lives_between_perturb_and_restore_only(fused_backend):
     size = sum(p.numel() for p in params) * 4
     idle = torch.cuda.memory_allocated()
     sam.first_step()
-    assert size <= torch.cuda.memory_allocated() - idle <= size * 1.01
+    # The allocator splits no block of which 1 MiB or less would be left.
+    assert size <= torch.cuda.memory_allocated() - idle <= size * 1.01 + 2**20
     sam.restore()
     assert torch.cuda.memory_allocated() == idle
 
