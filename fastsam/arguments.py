@@ -33,6 +33,7 @@ __all__ = [
     "check_interval",
     "check_options",
     "check_passes",
+    "check_start",
     "complete_group",
     "host_value",
     "parameter_name",
@@ -66,6 +67,7 @@ class Arguments(NamedTuple):
     grad_scaler: GradScaler | None
     flatten_parameters: bool
     closure_passes: str
+    start: int
 
 
 def bind(*args: Any, **kwargs: Any) -> Arguments:
@@ -106,6 +108,7 @@ def _bind_class(
     grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
     closure_passes: str = "auto",
+    start: int = 0,
     **base_optimizer_kwargs: Any,
 ) -> Arguments:
     if not _makes_optimizers(base_optimizer):
@@ -116,7 +119,7 @@ def _bind_class(
     if isinstance(base_optimizer, type):
         _check_class(base_optimizer)
     options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes)
+    checked = check_interval(interval), check_passes(closure_passes), check_start(start)
     base = base_optimizer(params, **base_optimizer_kwargs)
     if not isinstance(base, Optimizer):  # a factory's, such as a functools.partial
         raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, but {base_optimizer!r} made {base!r}")
@@ -135,9 +138,10 @@ def _bind_optimizer(
     grad_scaler: GradScaler | None = None,
     flatten_parameters: bool = False,
     closure_passes: str = "auto",
+    start: int = 0,
 ) -> Arguments:
     options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes)
+    checked = check_interval(interval), check_passes(closure_passes), check_start(start)
     return _arguments(base_optimizer, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
@@ -146,6 +150,7 @@ def _arguments(
     options: Group,
     interval: int,
     closure_passes: str,
+    start: int,
     backend: str | None,
     first_pass_context: ContextFactory | None,
     grad_scaler: GradScaler | None,
@@ -154,7 +159,7 @@ def _arguments(
     _check_class(type(base))
     _check_defaults(base)
     return Arguments(
-        base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters, closure_passes
+        base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters, closure_passes, start
     )
 
 
@@ -267,6 +272,15 @@ def check_interval(interval: int) -> int:
     if interval < 1:
         raise ValueError(f"interval must be >= 1, but got {interval}")
     return int(interval)
+
+
+def check_start(start: int) -> int:
+    """Returns `start` as an int; raises a TypeError or a ValueError unless it is one, and >= 0."""
+    if isinstance(start, bool) or not isinstance(start, numbers.Integral):
+        raise TypeError(f"start must be an int, a number of steps, but got {start!r}")
+    if start < 0:
+        raise ValueError(f"start must be >= 0, but got {start}")
+    return int(start)
 
 
 def check_passes(closure_passes: str) -> str:

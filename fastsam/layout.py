@@ -13,6 +13,7 @@ from fastsam import backends
 from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket, flatten_
+from fastsam.device import capturing
 from fastsam.distributed import Shardings, is_dtensor, local, local_grad
 
 __all__ = ["Layout", "flatten_groups"]
@@ -88,6 +89,29 @@ class Layout:
             if no_gradient and total == 0:
                 raise _no_gradient_error()
         self._combine()
+
+    def rehearse(self, groups: list[Group]) -> bool:
+        """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
+
+        Returns:
+            Whether there were any.
+
+        Raises:
+            RuntimeError: there is no memory for the backup.
+            TypeError, ValueError: as `measure`.
+        """
+        params = [p for group in groups for p in group["params"]]
+        if all(p.grad is None for p in params) or any(map(capturing, {p.device for p in params})):
+            return False
+        trial = Layout(self._backend)
+        trial._warned = self._warned
+        trial._lay_out(groups)
+        self._warned = trial._warned
+        for _, bucket in trial.buckets:
+            if not any(map(is_dtensor, bucket.params)):  # theirs may take a collective, and other ranks have none
+                bucket.gather()
+        backups = [bucket.allocate_backup() for _, bucket in trial.buckets]
+        return bool(backups)
 
     def perturb(self) -> None:
         """w <- w + e_w, by the last `measure`."""

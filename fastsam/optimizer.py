@@ -43,6 +43,7 @@ class _State:
         self.loss_scale: Tensor | None = None
         self.announced: PlainStep | None = None  # what first_step() returned False on
         self.clearing: ClearingWatch | None = None
+        self.rehearsed = False
         self.clears = False  # second_step() will, so that there is nothing to mark
         self.watched = False  # a closure that ran once; see `FusedSAM._call_above`
         self.stepping = False  # step() is under way
@@ -70,9 +71,10 @@ class FusedSAM(OptimizerWrapper):
 
         FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
                  first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
-                 **base_optimizer_kwargs)
+                 start=0, **base_optimizer_kwargs)
         FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
-                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto")
+                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
+                 start=0)
 
     ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
     ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
@@ -97,6 +99,8 @@ class FusedSAM(OptimizerWrapper):
         closure_passes: which gradients `step(closure)` takes for those at w. "one": those that are there, so that the
             closure runs once, at w + e_w, as in davda54/sam; "two": the closure computes both, as in torch.optim,
             Lightning and Composer; "auto": those that are there where a backward wrote them since the last step.
+        start: the first step, counted from 0, that may be a SAM step; those before are plain. SAM in the last part of
+            training finds flat minima too (arXiv 2410.10373): ``start=int(0.7 * steps)`` costs 1.3 times the base.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
     Raises:
@@ -135,6 +139,7 @@ class FusedSAM(OptimizerWrapper):
         grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
         closure_passes: str = "auto",
+        start: int = 0,
         **base_optimizer_kwargs: Any,
     ) -> None: ...
 
@@ -152,6 +157,7 @@ class FusedSAM(OptimizerWrapper):
         grad_scaler: GradScaler | None = None,
         flatten_parameters: bool = False,
         closure_passes: str = "auto",
+        start: int = 0,
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +168,11 @@ class FusedSAM(OptimizerWrapper):
             {
                 "base_optimizer": base,
                 "defaults": {**base.defaults, **arguments.options},
-                "_settings": {"interval": arguments.interval, "closure_passes": arguments.closure_passes},
+                "_settings": {
+                    "interval": arguments.interval,
+                    "closure_passes": arguments.closure_passes,
+                    "start": arguments.start,
+                },
                 "first_pass_context": arguments.first_pass_context,
                 "grad_scaler": arguments.grad_scaler,
                 "flatten_parameters": arguments.flatten_parameters,
@@ -191,12 +201,21 @@ class FusedSAM(OptimizerWrapper):
 
     @property
     def is_sam_step(self) -> bool:
-        """Whether the coming step, or the one under way, is a SAM step; else `interval` leaves it plain.
+        """Whether the coming step, or the one under way, is a SAM step; else `start` or `interval` leaves it plain.
 
         Ask before the first backward where that depends on it: with DistributedDataParallel, under ``no_sync`` the only
         gradient of a plain step would differ between the ranks.
         """
-        return (self._steps + 1) % self.interval == 0
+        steps = self._steps
+        return steps >= self.start and (steps + 1) % self.interval == 0
+
+    @property
+    def ascending(self) -> bool:
+        """Whether the coming pass is the one at w of a SAM step, whose gradient only tells where to climb.
+
+        It may do with a part of the batch (m-sharpness, section 4.1 of the paper): the pass at w + e_w takes it whole.
+        """
+        return self.is_sam_step and not self.perturbed
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -238,6 +257,7 @@ class FusedSAM(OptimizerWrapper):
         self._require_idle("first_step()")
         self._complete_groups()
         if not self.is_sam_step:
+            self._rehearse()
             self._end_announcement()
             self._state.announced = PlainStep(self._parameters())
             return False
@@ -298,6 +318,7 @@ class FusedSAM(OptimizerWrapper):
             return None
         loss, valid = self._run(closure)
         self._restore()
+        self._rehearse()
         if valid:
             amp.step(self.grad_scaler, self, self.base_optimizer)
         self._count_step()
@@ -397,6 +418,11 @@ class FusedSAM(OptimizerWrapper):
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
         return loss, not (passes.by_trainer and loss_above is None)
+
+    def _rehearse(self) -> None:
+        """Meets on the first plain step what a SAM step would refuse: `start` must not fail at 70 % of a run."""
+        if not self._state.rehearsed and not self._state.layout.buckets:
+            self._state.rehearsed = self._state.layout.rehearse(self.param_groups)
 
     def _gradients_are_there(self) -> bool:
         """Whether a closure is to find the gradients at w, and not to compute them."""

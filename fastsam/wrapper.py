@@ -20,6 +20,7 @@ from fastsam.arguments import (
     check_interval,
     check_options,
     check_passes,
+    check_start,
     complete_group,
 )
 from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
@@ -133,6 +134,15 @@ class OptimizerWrapper(Optimizer):
     @interval.setter
     def interval(self, interval: int) -> None:
         self._settings["interval"] = check_interval(interval)
+
+    @property
+    def start(self) -> int:
+        """The first step, counted from 0, that may be a SAM step."""
+        return cast(int, self._settings["start"])
+
+    @start.setter
+    def start(self, start: int) -> None:
+        self._settings["start"] = check_start(start)
 
     @property
     def closure_passes(self) -> str:

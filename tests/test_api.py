@@ -52,6 +52,7 @@ def test_the_signature_is_the_first_form():
         "grad_scaler",
         "flatten_parameters",
         "closure_passes",
+        "start",
     ]
     assert list(parameters)[-1] == "base_optimizer_kwargs"
     assert parameters["interval"].annotation is int  # evaluated, not a string
