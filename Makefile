@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from a fresh clone on; wanted beforehand: Python >= 3.10, a C++20 compiler, make.
 #   make test    all tests            make demo    SGD and SAM side by side, with a picture
 #   make check   ruff, mypy           make bench   the benchmarks
+#   make docs    the pages, into site/
 #   make clean   back to the sources
 #   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
@@ -25,7 +26,7 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench check arm-check composer-check gpu-check cuda-build-check dist setup clean
+.PHONY: test demo bench check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -41,6 +42,9 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup $(VENV)/docs.stamp
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --clean && echo "the pages are in site/"
 
 arm-check: setup
 	CI=true $(VENV)/bin/python -m pytest tests/test_arm.py && command -v aarch64-linux-gnu-g++
@@ -108,6 +112,10 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py fastsam/_vers
 	@FASTSAM_BUILD_NATIVE=0 $(PIP) install --no-build-isolation -e ".[demo,dev,test]"
 	@touch $@
 
+$(VENV)/docs.stamp: $(VENV)/package.stamp
+	@$(PIP) install "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
+	@touch $@
+
 $(VENV)/native.stamp: $(VENV)/package.stamp $(NATIVE_SOURCES)
 	@echo "== building the native library"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python setup.py -q build_ext --inplace >$(VENV)/native.log 2>&1 \
@@ -116,5 +124,5 @@ $(VENV)/native.stamp: $(VENV)/package.stamp $(NATIVE_SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastsam/*.so .*_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info fastsam/*.so .*_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,8 +7,15 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._compile import _disable_dynamo
+
+try:
+    from torch._C._dynamo.eval_frame import set_eval_frame
+except ImportError:  # there is no compiler: nothing to keep out
+
+    def set_eval_frame(callback: Any) -> Any:  # type: ignore[misc]
+        return None
+
 
 __all__ = ["compiled", "uncompiled"]
 

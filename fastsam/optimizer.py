@@ -567,8 +567,8 @@ class FusedSAM(OptimizerWrapper):
         # Not __del__: Lightning's wrapper inherits from this class, and is collected while the step goes on.
         weakref.finalize(self, _restore_collected, state).atexit = False
 
-    def _mark_stale(self) -> None:
-        self._state.stale.mark(self._parameters())
+    def _mark_stale(self, params: list[Tensor] | None = None) -> None:
+        self._state.stale.mark(self._parameters() if params is None else params)
 
     def _after_zero_grad(self, gone: bool) -> None:
         state = self._state

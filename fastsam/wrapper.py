@@ -54,6 +54,10 @@ class OptimizerWrapper(Optimizer):
         """A new state machine: at construction, and in a copy."""
         raise NotImplementedError
 
+    def _mark_stale(self, params: list[Tensor] | None = None) -> None:
+        """Takes the gradients that there are, of all parameters or of these, for done with."""
+        raise NotImplementedError
+
     # -- the base optimizer's own --------------------------------------------------------------------------------------
 
     @property
@@ -189,6 +193,7 @@ class OptimizerWrapper(Optimizer):
             check_group(groups, len(groups) - 1)
             if self.flatten_parameters:
                 flatten_groups(groups, len(groups) - 1)
+            self._mark_stale(groups[-1]["params"])
         except BaseException:
             groups.pop()
             raise
@@ -200,6 +205,8 @@ class OptimizerWrapper(Optimizer):
             options = {key: self.defaults[key] for key in OPTIONS}
             steps = max(group.get(COUNTER, 0) for group in groups)
             for i, group in enumerate(groups):
+                if COUNTER not in group:
+                    self._mark_stale(group["params"])
                 complete_group(group, options, steps)
                 check_group(groups, i)
 
@@ -276,7 +283,7 @@ class OptimizerWrapper(Optimizer):
         scaler = self.grad_scaler is not None and self.grad_scaler.is_enabled()
         losing = {"first_pass_context": self.first_pass_context is not None, "grad_scaler": scaler}
         lost = (*self._lost, *(name for name, there in losing.items() if there))
-        return {name: self.__dict__[name] for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
+        return {name: getattr(self, name) for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # As defaults of the class these would hide the instance's from Lightning's wrapper, which inherits from it.
@@ -288,7 +295,7 @@ class OptimizerWrapper(Optimizer):
         state = copy.deepcopy(self.__getstate__(), memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = {name: self.__dict__[name] for name in ("first_pass_context", "grad_scaler", "_lost")}
+        shared = {name: getattr(self, name) for name in ("first_pass_context", "grad_scaler", "_lost")}
         copied.__setstate__({**state, **shared})
         return copied
 

@@ -127,6 +127,23 @@ def test_switched_on_after_steps_of_the_base_optimizer(backend, passes, interval
         assert_same_weights(task, hand)
 
 
+@pytest.mark.parametrize("past", [False, True], ids=["by FusedSAM", "by the base"])
+def test_gradients_of_a_group_that_comes_later_are_stale(backend, past):
+    """Those that a parameter brings along, from when another optimizer had it."""
+    task, hand = Task(), ByHand()
+    last = list(task.model[2].parameters())
+    task.base = torch.optim.SGD(task.model[0].parameters(), lr=LR, momentum=MOMENTUM)
+    sam = wrap(task, backend, "auto")
+    task.backward(9)
+    for p in task.model[0].parameters():
+        p.grad = None
+    (task.base if past else sam).add_param_group({"params": last})
+    for i in range(STEPS):
+        assert sam.step(task.closure(i, "optimizer")) is not None
+        hand.sam_step(i)
+        assert_same_weights(task, hand)
+
+
 @each_way
 def test_steps_of_the_base_optimizer_in_between(backend, passes):
     task, hand = Task(), ByHand()

@@ -26,8 +26,9 @@ FILES = [
     "CHANGELOG.md",
     "CITATION.cff",
     "LICENSE",
+    "mkdocs.yml",
 ]
-FOLDERS = ["bench", "csrc", "examples", "fastsam", "tests"]
+FOLDERS = ["bench", "csrc", "docs", "examples", "fastsam", "tests"]
 
 STEP = """
 import torch
