@@ -70,6 +70,8 @@ def train(form: str, epochs: int = 6) -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        raise SystemExit("start it by torchrun --standalone --nproc-per-node 2 examples/train_ddp.py")
     dist.init_process_group()
     train("two calls")
     train("closure")

@@ -56,6 +56,33 @@ def test_averaging() -> None:
     assert min(last, averaged) > 8 * CHANCE
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:mmengine")
+@pytest.mark.parametrize("name", ["train_skorch", "train_fabric", "train_hydra", "train_mmengine"])
+def test_frameworks_that_take_it_as_it_is(name: str) -> None:
+    assert importlib.import_module(f"examples.{name}").main() > 8 * CHANCE
+
+
+def test_late_sam_comes_to_the_same_weights_either_way() -> None:
+    train = importlib.import_module("examples.late_sam").train
+    started, wrapped = train("start"), train("wrap")
+    assert same_bits(copies(started.parameters()), copies(wrapped.parameters()))
+
+
+def test_test_time_adaptation() -> None:
+    before, after = importlib.import_module("examples.test_time_adaptation").main()
+    assert after > before + 0.3
+
+
+@pytest.mark.parametrize("name", ["train_ddp", "train_fsdp2"])
+def test_examples_for_torchrun_say_so(name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, f"examples/{name}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"start it by torchrun --standalone --nproc-per-node 2 examples/{name}.py")
+
+
 @pytest.mark.parametrize("at", [11, 12], ids=["first pass", "second pass"])
 def test_checkpoint_after_sigterm_resumes_bit_for_bit(at: int, tmp_path: Path) -> None:
     """Interval is 2, so passes 11 and 12 are those of the SAM step 7. The signal is a real one, in another process.
