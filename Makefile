@@ -3,7 +3,7 @@
 #   make check   ruff, mypy           make bench   the benchmarks
 #   make docs    the pages, into site/
 #   make clean   back to the sources
-#   make gpu-check           on a machine with a CUDA GPU: build, tests, sanitizer, benchmarks, in the environment $(GPU_PYTHON)
+#   make gpu-check           on a machine with a CUDA GPU: tests/gpu/check.py, all parts, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
 #   make arm-check           compiles the CPU kernels for 64-bit Arm; wants aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)
@@ -50,7 +50,7 @@ arm-check: setup
 	CI=true $(VENV)/bin/python -m pytest tests/test_arm.py && command -v aarch64-linux-gnu-g++
 
 gpu-check:
-	$(GPU_PYTHON) tests/gpu/check.py
+	$(GPU_PYTHON) tests/gpu/check.py --out build/gpu-check
 
 cuda-build-check: setup $(VENV)/cuda.stamp
 	@echo "== building the wheel with both native libraries"

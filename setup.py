@@ -98,13 +98,20 @@ def cpu_library() -> setuptools.Extension:
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit's folder, from $CUDA_HOME or nvcc itself: the nvcc on the PATH may be a wrapper elsewhere."""
+    """The CUDA toolkit's folder, from $CUDA_HOME, from nvcc itself (the one on the PATH may be a wrapper elsewhere), or
+    where torch finds it.
+    """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home or shutil.which("nvcc") is None:
+    if home:
         return home
-    answer = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.*)$", answer.stderr, flags=re.MULTILINE)
-    return os.path.realpath(top[1]) if top else None
+    if shutil.which("nvcc") is not None:
+        answer = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.*)$", answer.stderr, flags=re.MULTILINE)
+        if top:
+            return os.path.realpath(top[1])
+    from torch.utils.cpp_extension import CUDA_HOME  # not before: its value stays for the process
+
+    return CUDA_HOME
 
 
 def cuda_obstacle() -> str | None:
@@ -116,7 +123,7 @@ def cuda_obstacle() -> str | None:
     home = cuda_home()
     nvcc = os.path.join(home or "", "bin", "nvcc")
     if home is None or not os.path.exists(nvcc):
-        return "there is no nvcc (CUDA_HOME or PATH)"
+        return "there is no nvcc (CUDA_HOME, PATH, or where torch.utils.cpp_extension looks)"
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.(\d+)", release)
     version = (int(found[1]), int(found[2])) if found else (0, 0)

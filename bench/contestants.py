@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
@@ -105,6 +104,8 @@ class PytorchOptimizer(Contestant):
     passes = (12, 20)
 
     def __init__(self, params: Sequence[nn.Parameter], rho: float, adaptive: bool) -> None:
+        import pytorch_optimizer  # where it is not installed, this contestant alone is left out
+
         super().__init__(params, rho, adaptive)
         self.sam = pytorch_optimizer.SAM(self.params, EmptyBase, rho=rho, adaptive=adaptive)
 

@@ -1,14 +1,16 @@
 """`python -m bench.kernels`: on a GPU, each kernel's own time beside what its bytes should take; and design targets.
 
-Run it after `python -m bench --device cuda`, whose rows it compares with the targets. It writes
-bench/results/<device>-kernels.json and .md.
+Run it after `python -m bench --device cuda`, whose rows it compares with the targets, and with the same --output.
+Beside those results, bench/results/<device>.json where nothing else is said, it writes <device>-kernels.json and .md.
 """
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,8 +61,11 @@ TARGETS = (
 
 
 def copy_bandwidth(numel: int, dtype: torch.dtype) -> float:
-    """Bytes a second, read and written, of one copy_ of `numel` elements with a cold cache."""
-    source, target = (torch.zeros(numel, dtype=dtype, device="cuda") for _ in range(2))
+    """Bytes a second, read and written, of one copy_ of `numel` elements with a cold cache.
+
+    They are random: a GPU may move constant data faster.
+    """
+    source, target = (torch.randn(numel, dtype=dtype, device="cuda") for _ in range(2))
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     seconds = []
     for _ in range(ROUNDS):
@@ -143,24 +148,30 @@ def markdown(about: Row, kernels: list[Row], reached: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Each kernel's own time on a GPU.")
+    parser.add_argument("--output", type=Path, help="what bench was given; default: its file in bench/results")
+    options = parser.parse_args(arguments)
     device = torch.device("cuda")
     if not torch.cuda.is_available():
         sys.exit("no GPU: torch finds no CUDA device")
-    kernels = []
+    path = options.output or results.file_of(device_name(device))
+    reached = targets(row for row in results.load(path) if row["suite"] == "step")
+    about = environment(device)
+    path = path.with_stem(f"{path.stem}-kernels")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernels: list[Row] = []
     for name in BACKENDS:
         for case in CASES if name in CONTESTANTS else ():
             for dtype in DTYPES:
                 kernels += measure(name, case, dtype)
                 free_memory(device)
-    path = results.file_of(device_name(device))
-    reached = targets(row for row in results.load(path) if row["suite"] == "step")
-    about = environment(device)
-    path = path.with_stem(f"{path.stem}-kernels")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about, "kernels": kernels, "targets": reached}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(about, kernels, reached))
-    print(path.with_suffix(".md").read_text())
+                # Whole after every measurement: what was measured is kept where time runs out.
+                path.write_text(json.dumps({"about": about, "kernels": kernels, "targets": reached}, indent=1) + "\n")
+                path.with_suffix(".md").write_text(markdown(about, kernels, reached))
+    print(markdown(about, kernels, reached))
+    for row in reached:
+        print(f"figure: {row['contestant']}: {row['target']}: {row['measured']} ({row['bound']}), held: {row['held']}")
 
 
 if __name__ == "__main__":

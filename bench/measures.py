@@ -7,12 +7,12 @@ import re
 import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import fastsam
+from fastsam.__main__ import version_of
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes two lines at each use
@@ -87,7 +87,12 @@ def driver(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, "-dirty" where fastsam's or the benchmarks' sources differ from it."""
+    """The commit of this tree, "-dirty" where fastsam's or the benchmarks' sources differ from it.
+
+    FASTSAM_COMMIT says it for a copy of the tree that came without git.
+    """
+    if "FASTSAM_COMMIT" in os.environ:
+        return os.environ["FASTSAM_COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -102,9 +107,9 @@ def commit() -> str:
 def environment(device: torch.device) -> dict[str, str]:
     """What every row of results says of where and when it was measured."""
     packages = {"fastsam": fastsam.__version__, "torch": torch.__version__}
-    packages |= {"pytorch_optimizer": version("pytorch_optimizer"), "Python": platform.python_version()}
+    packages |= {"pytorch_optimizer": version_of("pytorch_optimizer"), "Python": platform.python_version()}
     if device.type == "cuda":
-        packages |= {"CUDA": str(torch.version.cuda), "triton": version("triton")}
+        packages |= {"CUDA": str(torch.version.cuda), "triton": version_of("triton")}
     return {
         "device": device_name(device),
         "driver": driver(device),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -91,6 +90,8 @@ def trainers(name: str, device: torch.device) -> dict[str, Trainer]:
         return fastsam.FusedSAM(params, torch.optim.SGD, **options)
 
     def peer(params: Any, **options: Any) -> torch.optim.Optimizer:
+        import pytorch_optimizer
+
         return pytorch_optimizer.SAM(params, torch.optim.SGD, **options)
 
     found = {BASE: trainer(torch.optim.SGD, base_step), PEER: trainer(peer, peer_step)}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CASES = """
 import pytest
@@ -29,10 +30,10 @@ def test_refused_xfail(): assert False
 """
 
 
-def run_pytest(folder: Path, ci: str) -> str:
+def run_pytest(folder: Path, ci: str, require_gpu: str = "") -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "tests"]
     root = str(Path(__file__).parent.parent)  # conftest.py imports fastsam, which need not be installed
-    env = {**os.environ, "CI": ci, "PYTHONPATH": root}
+    env = {**os.environ, "CI": ci, "FASTSAM_REQUIRE_GPU": require_gpu, "PYTHONPATH": root}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False).stdout
 
 
@@ -56,3 +57,13 @@ def test_module_that_is_skipped_whole_fails_in_ci(project):
     (project / "tests" / "test_cases.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
     assert "1 skipped" in run_pytest(project, ci="")
     assert "1 error" in run_pytest(project, ci="true")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU must be here for this")
+def test_a_required_gpu_that_is_not_there_is_a_failure(project):
+    gpu = "import pytest\n\n@pytest.mark.gpu\ndef test_gpu(): pass\n\ndef test_runs(): pass\n"
+    (project / "tests" / "test_cases.py").write_text(gpu)
+    (project / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    output = run_pytest(project, ci="", require_gpu="1")
+    assert "1 passed, 1 error" in output
+    assert "for this reason: no GPU" in output

@@ -1,5 +1,10 @@
-"""Tests that need a CUDA device: all in this folder. `make gpu-check` runs them where there is one."""
+"""Tests that need a CUDA device: all in this folder. `make gpu-check` runs them where there is one.
 
+FASTSAM_TEST_BACKEND leaves those of one backend, or with "none" those that name no backend: after an error that breaks
+the CUDA context every later test of that process fails, so check.py gives each backend a process.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
@@ -10,10 +15,24 @@ from fastsam import backends
 BACKENDS = ["triton", "cuda", "foreach"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def backend_of(item: pytest.Item) -> str:
+    """The backend that `item` is a test of, as its fixtures say, or "none"."""
+    callspec = getattr(item, "callspec", None)
+    params = callspec.params if callspec is not None else {}
+    return next((params[name] for name in params if name.endswith("backend") and params[name] in BACKENDS), "none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = os.environ.get("FASTSAM_TEST_BACKEND")
+    others = []
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if chosen is not None and backend_of(item) != chosen:
+                others.append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(params=BACKENDS)
