@@ -88,7 +88,7 @@ void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t
 }
 
 void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tensor norm, Tensor scale, Tensor backup,
-             Tensor saved) {
+             Tensor saved, int64_t generation) {
   const Bucket bucket = bucket_of(chunks, weights, grads, backup.scalar_type());
   const int64_t groups = scale.numel();
   std::vector<double> scales(groups);
@@ -107,12 +107,12 @@ void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tenso
   int32_t* flag = data<int32_t>(saved, ScalarType::Int, 1, "saved");
   if (!finite) return;  // the weights stay, and there is nothing to restore
   fastsam::cpu::perturb(bucket, a, scales.data(), b);
-  *flag = 1;
+  *flag = static_cast<int32_t>(generation);
 }
 
-void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved) {
+void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved, int64_t generation) {
   const Bucket bucket = bucket_of(chunks, weights, grads, backup.scalar_type());
-  if (*data<const int32_t>(saved, ScalarType::Int, 1, "saved") != 0)
+  if (*data<const int32_t>(saved, ScalarType::Int, 1, "saved") == generation)
     fastsam::cpu::restore(
         bucket, data<void>(backup, backup.scalar_type(), fastsam::cpu::backup_size(bucket), "backup"));
 }
@@ -162,9 +162,10 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
       "combine(Tensor rho, Tensor epsilon, Tensor square_sums, Tensor(a!) norm, Tensor(b!) scale) -> ()");
   m.def(
       "perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tensor norm, Tensor scale, "
-      "Tensor(a!) backup, Tensor(b!) saved) -> ()");
+      "Tensor(a!) backup, Tensor(b!) saved, int generation) -> ()");
   m.def("survey(Tensor[] tensors, Tensor layouts, Tensor(a!) table) -> int");
-  m.def("restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved) -> ()");
+  m.def(
+      "restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved, int generation) -> ()");
 }
 
 // Reads no element, so it serves every device.

@@ -34,6 +34,7 @@ class PointerTable:
     Attributes:
         tensor: the addresses, int64 ``[n]`` on the device.
         complete: whether none is 0.
+        in_a_graph: whether a CUDA graph ever took a table from here.
         refreshes: how often a table was written.
     """
 
@@ -44,6 +45,7 @@ class PointerTable:
         self.tensor = self._view if device.type == "cpu" else self._view.to(device)
         self._eager = self.tensor
         self._captured: list[int] | None = None
+        self.in_a_graph = False
         self.complete = all(pointers)
         self.refreshes = 1
 
@@ -58,6 +60,7 @@ class PointerTable:
             self.tensor = torch.zeros_like(self._eager)
             torch._foreach_add_(self.tensor.unbind(), pointers)
             self._captured = pointers
+            self.in_a_graph = True
             self.complete = all(pointers)
             self.refreshes += 1
             return
@@ -128,7 +131,10 @@ class ParameterBucket:
         counter: int32 0-d on the device: 0, but while a norm kernel counts in it which of its blocks is the last.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
         plan: what a backend keeps with the bucket.
-        saved: int32 0-d on the device, 1 once `backup` holds the weights of this step; norm writes 0, perturb 1.
+        saved: int32 0-d on the device: `generation` once `backup` holds the weights of this step, which perturb writes;
+            norm writes 0. So where perturb never ran, as in a CUDA graph's capture that failed, nothing is restored.
+        generation: counts the calls of perturb; never 0.
+        captured: whether the last perturb went into a CUDA graph.
 
     Raises:
         RuntimeError: a parameter has no memory; a CUDA graph is being captured.
@@ -184,6 +190,8 @@ class ParameterBucket:
         self.partials = torch.zeros(max(1, len(chunks)), dtype=sums, device=self.device)
         self.counter = torch.zeros((), dtype=torch.int32, device=self.device)
         self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.generation = 1  # never 0, which norm writes
+        self.captured = False
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
         self.plan: object = None
@@ -252,7 +260,7 @@ class ParameterBucket:
 
     def restore_moved(self) -> None:
         """Restores parameters that got other memory, or another dtype, while they were perturbed."""
-        if self.backup is None or not self.saved:  # kept from an earlier step
+        if self.backup is None or bool(self.saved != self.generation):  # kept from an earlier step
             return
         for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
             local(self.params[i]).copy_(view)
@@ -276,6 +284,19 @@ class ParameterBucket:
     def live_views(self, backup: Tensor) -> list[Tensor]:
         """For every live slot its range of `backup`, in the shape and strides that the weight had when it was saved."""
         return [backup.as_strided(*self._views[i], self.offsets[i]) for i in self.live()]
+
+    def next_generation(self) -> int:
+        """That of the perturb under way: an int32 that is not 0."""
+        self.generation = self.generation % (2**31 - 1) + 1
+        self.captured = capturing(self.device)
+        return self.generation
+
+    def abandoned(self) -> bool:
+        """Whether perturb was captured into a CUDA graph that never ran: then there is nothing to restore.
+
+        Waits for the device, but only where a restore is not part of the capture.
+        """
+        return self.captured and not capturing(self.device) and bool(self.saved != self.generation)
 
     def allocate_backup(self) -> Tensor:
         """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""

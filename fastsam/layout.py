@@ -40,6 +40,7 @@ class Layout:
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
+        self._in_graphs: list[object] = []  # what a CUDA graph reads and writes at every replay lives as long as this
         self._params: list[list[Tensor]] = []
         self._options: tuple[list[float | Tensor], list[float], list[bool]] | None = None
         self._warned = False
@@ -144,6 +145,12 @@ class Layout:
             again: keep what a second restore needs. A signal handler may restore while `perturb` is under way, which
                 then goes on writing.
         """
+        for _, bucket in self.buckets:
+            if bucket.backup is not None and capturing(bucket.device) and not bucket.captured:
+                raise RuntimeError(
+                    "second_step() is being captured into a CUDA graph, but first_step() ran before the capture, so "
+                    "the graph would restore from memory that is freed: capture both, or neither"
+                )
         for backend, bucket in self.buckets:
             backup = bucket.backup
             if bucket.restorable():
@@ -193,6 +200,8 @@ class Layout:
                 params, indices, names = zip(*entries, strict=True)
                 sharding_of.append(sharding)
                 buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
+        if any(bucket.grad_table.in_a_graph for _, bucket in self.buckets):
+            self._in_graphs.append((self.buckets, self._ascents))
         self.buckets, self._ascents, self._slotless, self._options = buckets, ascents, slotless, None
         self._shardings, self._sharding_of = shardings, sharding_of
 

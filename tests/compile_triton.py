@@ -29,7 +29,7 @@ def variants():
         options = {"num_warps": shape.pop("num_warps")}
         real = "*fp64" if name == "fp64" else "*fp32"
         scalars = {"rho": real, "epsilon": real, "n_groups": "i32", "norm": real, "scale": real}
-        saved = {"backup": f"*{name}", "saved": "*i32"}
+        saved = {"backup": f"*{name}", "saved": "*i32", "generation": "i32"}
         for adaptive in (False, True):
             form = "asam" if adaptive else "sam"
             signature = {

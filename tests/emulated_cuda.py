@@ -73,12 +73,12 @@ def combine(ascent):
 def perturb(bucket, ascent):
     bucket.backup = bucket.allocate_backup()
     arguments = *bucket_arguments(bucket), ascent.adaptive, ascent.norm, ascent.scale, bucket.backup, bucket.saved
-    call("perturb", DTYPES[bucket.dtype], is_fp64(ascent), *arguments)
+    call("perturb", DTYPES[bucket.dtype], is_fp64(ascent), *arguments, bucket.next_generation())
     torch.autograd.graph.increment_version(bucket.live_weights())
 
 
 def restore(bucket):
     if bucket.backup is not None:
-        call("restore", DTYPES[bucket.dtype], *bucket_arguments(bucket), bucket.backup, bucket.saved)
+        call("restore", DTYPES[bucket.dtype], *bucket_arguments(bucket), bucket.backup, bucket.saved, bucket.generation)
         torch.autograd.graph.increment_version(bucket.live_weights())
         bucket.backup = None

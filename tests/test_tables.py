@@ -1,9 +1,12 @@
 """Pointer tables: written when an address changed, and apart for each CUDA graph."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from fastsam import bucket
+from fastsam import FusedSAM, bucket
 from fastsam.ascent import Ascent
 from fastsam.bucket import PointerTable
 
@@ -52,6 +55,58 @@ def test_a_graph_reads_its_options_from_the_last_step(monkeypatch):
     with pytest.raises(RuntimeError, match="take a step with them first"):
         ascent.set_groups([0.2], [0.0], [False])
     assert ascent.rho.tolist() == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("name", ["reference", "foreach"])
+def test_a_captured_perturb_that_never_ran_is_not_restored(name):
+    """Of the backends that save on the host's order: the graph failed, so the flag on the device is another step's."""
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    sam = FusedSAM([p], torch.optim.SGD, lr=0.1, backend=name)
+    sam.first_step()
+    ((_, made),) = sam._state.layout.buckets
+    made.captured = True
+    made.saved.fill_(made.generation - 1)
+    with torch.no_grad():
+        p.fill_(3.0)  # a capture would have left w
+    sam.restore()
+    assert torch.equal(p.detach(), torch.full((5,), 3.0))
+
+
+def test_first_step_outside_and_second_step_inside_a_capture(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    sam = FusedSAM([p], torch.optim.SGD, lr=0.1)
+    sam.first_step()
+    monkeypatch.setattr("fastsam.layout.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="first_step\\(\\) ran before the capture"):
+        sam.second_step()
+    monkeypatch.undo()
+    assert sam.perturbed
+    sam.restore()
+    assert torch.equal(p.detach(), torch.ones(5))
+
+
+def test_what_a_graph_reads_outlives_a_new_layout(monkeypatch):
+    """As when a frozen parameter first gets a gradient."""
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    sam = FusedSAM([a, b], torch.optim.SGD, lr=0.1)
+    a.grad = torch.ones(3)
+    sam.first_step()
+    sam.restore()
+    with monkeypatch.context() as context:
+        context.setattr(bucket, "capturing", lambda device: True)
+        sam.first_step()
+        sam.restore()
+    ((_, captured),) = sam._state.layout.buckets
+    alive = weakref.ref(captured)
+    del captured
+    b.grad = torch.ones(3)
+    sam.first_step()
+    sam.restore()
+    gc.collect()
+    assert len(sam._state.layout.buckets[0][1].params) == 2
+    assert alive() is not None
 
 
 def test_no_bucket_is_laid_out_under_capture(capture):

@@ -124,7 +124,7 @@ void combine(Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor
 }
 
 void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tensor norm, Tensor scale, Tensor backup,
-             Tensor saved) {
+             Tensor saved, int64_t generation) {
   const torch::stable::accelerator::DeviceGuard guard(chunks.get_device_index());
   const Bucket bucket = bucket_of(chunks, weights, grads);
   if (bucket.n_chunks == 0) return;
@@ -137,20 +137,22 @@ void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tenso
       perturb_kernel<T, A><<<static_cast<uint32_t>(bucket.n_chunks), kThreads, 0, stream_of(chunks)>>>(
           bucket, a, data_on<const A>(chunks, norm, type, 1, "norm"),
           data_on<const A>(chunks, scale, type, groups, "scale"),
-          data_on<T>(chunks, backup, backup.scalar_type(), 0, "backup"), flag);
+          data_on<T>(chunks, backup, backup.scalar_type(), 0, "backup"), flag,
+          static_cast<int32_t>(generation));
     });
   });
   check_launch();
 }
 
-void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved) {
+void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved, int64_t generation) {
   const torch::stable::accelerator::DeviceGuard guard(chunks.get_device_index());
   const Bucket bucket = bucket_of(chunks, weights, grads);
   if (bucket.n_chunks == 0) return;
   const int32_t* flag = data_on<const int32_t>(chunks, saved, ScalarType::Int, 1, "saved");
   dispatch(backup.scalar_type(), [&]<typename T>() {
     restore_kernel<T><<<static_cast<uint32_t>(bucket.n_chunks), kThreads, 0, stream_of(chunks)>>>(
-        bucket, data_on<const T>(chunks, backup, backup.scalar_type(), 0, "backup"), flag);
+        bucket, data_on<const T>(chunks, backup, backup.scalar_type(), 0, "backup"), flag,
+        static_cast<int32_t>(generation));
   });
   check_launch();
 }

@@ -303,8 +303,9 @@ __device__ __forceinline__ void perturb_chunk(T* w, const T* g, T* backup, int n
 // Backwards over the chunks: what norm read last is still in the L2 cache.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const Bucket bucket, const int32_t* adaptive, const A* norm,
-                                                           const A* scale, T* backup, int32_t* saved) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *saved = 1;
+                                                           const A* scale, T* backup, int32_t* saved,
+                                                           const int32_t generation) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *saved = generation;
   const Chunk c = bucket.chunks[gridDim.x - 1 - blockIdx.x];
   const int64_t grad = bucket.grads[c.slot];
   T* w = at<T>(bucket.weights[c.slot], c.offset);
@@ -321,11 +322,13 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Bucket bucket, 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    restore_kernel(const Bucket bucket, const T* backup, const int32_t* saved) {
+    restore_kernel(const Bucket bucket, const T* backup, const int32_t* saved, const int32_t generation) {
+  // Before the tables are read: where perturb never ran, as in the capture of a graph that failed, they may hold anything.
+  if (*saved != generation) return;
   const Chunk c = bucket.chunks[blockIdx.x];
   const int64_t grad = bucket.grads[c.slot];
   T* w = at<T>(bucket.weights[c.slot], c.offset);
-  if (grad == 0 || *saved == 0) return;
+  if (grad == 0) return;
   const T* b = backup + c.backup;
   const Peeled peeled = peel(w, c.length());
   if (in_edge(peeled)) w[edge_index<T>(peeled)] = b[edge_index<T>(peeled)];

@@ -70,6 +70,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
         ascent.scale,
         bucket.backup,
         bucket.saved,
+        bucket.next_generation(),
     )
     torch.autograd.graph.increment_version(bucket.live_weights())
 
@@ -79,7 +80,9 @@ def restore(bucket: ParameterBucket) -> None:
     backup = bucket.backup  # once: a signal handler may restore in between
     if backup is None:
         return
-    _restore(bucket.chunks, bucket.weight_table.tensor, bucket.grad_table.tensor, backup, bucket.saved)
+    _restore(
+        bucket.chunks, bucket.weight_table.tensor, bucket.grad_table.tensor, backup, bucket.saved, bucket.generation
+    )
     torch.autograd.graph.increment_version(bucket.live_weights())
 
 

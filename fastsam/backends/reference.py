@@ -56,7 +56,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     for view, w in zip(bucket.live_views(backup), bucket.live_weights(), strict=True):
         view.copy_(w)
     bucket.backup = backup
-    bucket.saved.fill_(1)
+    bucket.saved.fill_(bucket.next_generation())
     finite = ascent.norm.isfinite()
     for group, weight, g in bucket.terms():
         w = widen(weight)
@@ -71,7 +71,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
     backup = bucket.backup  # once: a signal handler may restore in between
-    if backup is None:
+    if backup is None or bucket.abandoned():
         return
     for w, view in zip(bucket.live_weights(), bucket.live_views(backup), strict=True):
         w.copy_(view)

@@ -226,7 +226,7 @@ def _perturb_body(
         _perturb_tile(w_ptr, g_ptr, b_ptr, o, o < n, o < n_written, scale, adaptive, ADAPTIVE, REAL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["generation"])
 def _perturb(
     chunks,
     weights,
@@ -236,6 +236,7 @@ def _perturb(
     scale,
     backup,
     saved,
+    generation,
     ADAPTIVE: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -245,7 +246,7 @@ def _perturb(
     SIZE: tl.constexpr = 16 // VEC
     pid = tl.program_id(0)
     if pid == 0:
-        tl.store(saved, 1)
+        tl.store(saved, generation)
     # Backwards: what norm read last is still in the L2 cache.
     slot, n, group, offset, backup_offset = _chunk(chunks, tl.num_programs(0) - 1 - pid)
     g = tl.load(grads + slot)
@@ -279,24 +280,25 @@ def _restore_tile(w_ptr, b_ptr, o, inside):
     tl.store(w_ptr + o, tl.load(b_ptr + o, mask=inside, eviction_policy="evict_first"), mask=inside)
 
 
-@triton.jit
-def _restore(chunks, weights, grads, backup, saved, VEC: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["generation"])
+def _restore(chunks, weights, grads, backup, saved, generation, VEC: tl.constexpr, BLOCK: tl.constexpr):
     POINTER: tl.constexpr = backup.dtype
     SIZE: tl.constexpr = 16 // VEC
-    slot, n, _, offset, backup_offset = _chunk(chunks, tl.program_id(0))
-    g = tl.load(grads + slot)
-    w = tl.load(weights + slot) + offset * SIZE
-    n *= tl.load(saved)
-    if g != 0:
-        b = backup.to(tl.int64) + backup_offset * SIZE
-        head, body = _peel(w, n, VEC)
-        w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
-        b_body = tl.multiple_of((b + head * SIZE).to(POINTER), 16)
-        for i in range(0, body, BLOCK):
-            o = i + tl.arange(0, BLOCK)
-            _restore_tile(w_body, b_body, o, o < body)
-        inside = tl.arange(0, EDGE) < n - body
-        _restore_tile(w.to(POINTER), b.to(POINTER), _edge(head, body), inside)
+    # Before the tables are read: where perturb never ran, as in the capture of a graph that failed, they hold anything.
+    if tl.load(saved) == generation:
+        slot, n, _, offset, backup_offset = _chunk(chunks, tl.program_id(0))
+        g = tl.load(grads + slot)
+        w = tl.load(weights + slot) + offset * SIZE
+        if g != 0:
+            b = backup.to(tl.int64) + backup_offset * SIZE
+            head, body = _peel(w, n, VEC)
+            w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
+            b_body = tl.multiple_of((b + head * SIZE).to(POINTER), 16)
+            for i in range(0, body, BLOCK):
+                o = i + tl.arange(0, BLOCK)
+                _restore_tile(w_body, b_body, o, o < body)
+            inside = tl.arange(0, EDGE) < n - body
+            _restore_tile(w.to(POINTER), b.to(POINTER), _edge(head, body), inside)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -365,6 +367,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
                 ascent.scale,
                 bucket.backup,
                 bucket.saved,
+                bucket.next_generation(),
                 ADAPTIVE=any(ascent.groups_adaptive),
                 **UNFUSED,
                 **shape(bucket.dtype),
@@ -385,6 +388,7 @@ def restore(bucket: ParameterBucket) -> None:
                 bucket.grad_table.tensor,
                 backup,
                 bucket.saved,
+                bucket.generation,
                 **shape(bucket.dtype),
             )
     torch.autograd.graph.increment_version(bucket.live_weights())

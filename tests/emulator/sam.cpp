@@ -55,22 +55,22 @@ extern "C" void combine(bool fp64, double* sums, int n, void* rho, void* epsilon
 }
 
 extern "C" void perturb(int dtype, bool fp64, Chunk* chunks, int n_chunks, int64_t* weights, int64_t* grads,
-                        int32_t* adaptive, void* norm, void* scale, void* backup, int32_t* saved) {
+                        int32_t* adaptive, void* norm, void* scale, void* backup, int32_t* saved, int generation) {
   dispatch(dtype, [&]<typename T>() {
     dispatch_ascent(fp64, [&]<typename A>() {
       emulator::launch(n_chunks, kThreads, [&] {
         perturb_kernel<T, A>({chunks, n_chunks, weights, grads}, adaptive, static_cast<A*>(norm),
-                             static_cast<A*>(scale), static_cast<T*>(backup), saved);
+                             static_cast<A*>(scale), static_cast<T*>(backup), saved, generation);
       });
     });
   });
 }
 
 extern "C" void restore(int dtype, Chunk* chunks, int n_chunks, int64_t* weights, int64_t* grads, void* backup,
-                        int32_t* saved) {
+                        int32_t* saved, int generation) {
   dispatch(dtype, [&]<typename T>() {
     emulator::launch(n_chunks, kThreads, [&] {
-      restore_kernel<T>({chunks, n_chunks, weights, grads}, static_cast<T*>(backup), saved);
+      restore_kernel<T>({chunks, n_chunks, weights, grads}, static_cast<T*>(backup), saved, generation);
     });
   });
 }
