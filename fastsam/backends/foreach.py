@@ -107,7 +107,7 @@ class _Plan:
         self.saved = 0
         self.one = torch.ones((), dtype=bucket.dtype, device=bucket.device)
         self.wide = torch.float64 if bucket.dtype is torch.float64 else torch.float32
-        on_cpu = bucket.device.type == "cpu"
+        on_cpu = _on_cpu(bucket)
         sizes = [bucket.weights[i].numel() for i in self.live]
         size = min(CPU_BLOCK if on_cpu else BLOCK, sum(sizes))
         small = min(CPU_SMALL, size) if on_cpu else size
@@ -166,7 +166,7 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     if norms:
         parts = torch.split(torch.cat(norms), GRAIN)
         square_sum.copy_(torch.stack([part.to(square_sum.dtype).square().sum() for part in parts]).sum())
-    if bucket.device.type == "cpu" and plan.wide is torch.float32 and not SAFE[0] < square_sum.item() < SAFE[1]:
+    if _on_cpu(bucket) and plan.wide is torch.float32 and not SAFE[0] < square_sum.item() < SAFE[1]:
         square_sum.copy_(_sum_in_fp64(bucket, plan, ascent))
     if finish:
         combine(ascent)
@@ -174,7 +174,7 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     """Saves w, then w <- w + e_w. On a CPU the backup is kept: fresh memory costs more than the pass."""
-    on_cpu = bucket.device.type == "cpu"
+    on_cpu = _on_cpu(bucket)
     not_finite = ascent.norm.isfinite().logical_not()
     if on_cpu and not_finite:
         return
@@ -219,9 +219,14 @@ def restore(bucket: ParameterBucket) -> None:
     done = plan.blocks[: plan.saved]
     weights = itertools.chain.from_iterable(block.weights for block in done)
     torch._foreach_copy_(list(weights), list(itertools.chain.from_iterable(block.saved for block in done)))
-    if bucket.device.type != "cpu":
+    if not _on_cpu(bucket):
         bucket.free_backup()
         plan.bind(None)
+
+
+def _on_cpu(bucket: ParameterBucket) -> bool:
+    """Whether the host may look at a value, and the backup is kept."""
+    return bucket.device.type == "cpu"
 
 
 def _plan(bucket: ParameterBucket) -> _Plan:
