@@ -121,9 +121,10 @@ class Layout:
             bucket.unstage()
             bucket.release()
 
-    def smallest(self) -> Tensor:
-        """The smallest of the parameters that the last ascent moved."""
-        return min((bucket.params[i] for _, bucket in self.buckets for i in bucket.live()), key=Tensor.numel)
+    def smallest(self) -> Tensor | None:
+        """The smallest of the parameters that the last ascent moved; None where it moved none."""
+        moved = [bucket.params[i] for _, bucket in self.buckets for i in bucket.live()]
+        return min(moved, key=Tensor.numel, default=None)
 
     def witness(self) -> tuple[Tensor, int] | None:
         """One of the parameters that the last ascent moved, and its version; None where it moved none."""

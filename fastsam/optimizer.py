@@ -300,8 +300,8 @@ class FusedSAM(OptimizerWrapper):
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss. When gradients were
                 computed since the last step they are taken for those at w, and the closure runs once, at w + e_w;
-                otherwise it runs twice. On a step that `interval` leaves plain it runs once, or not at all. The
-                gradients are cleared between the passes. After `first_step` it runs once, and clears for itself.
+                otherwise it runs twice (`closure_passes` says which, whatever is there). On a plain step it runs once,
+                or not at all. The gradients are cleared between the passes. After `first_step` it runs once.
 
         Returns:
             The loss at w, where the closure computed it; else None.
@@ -469,10 +469,11 @@ class FusedSAM(OptimizerWrapper):
     def _call_above(self, closure: Closure) -> Any:
         """Runs a closure once, at w + e_w, by the gradients that were there; says so where it seems to be a mistake."""
         state = self._state
-        if state.watched or self.closure_passes != "auto":
+        moved = None if state.watched or self.closure_passes != "auto" else state.layout.smallest()
+        if moved is None:
             return self._call(closure)
         state.watched = True
-        state.clearing = ClearingWatch(state.layout.smallest())
+        state.clearing = ClearingWatch(moved)
         try:
             loss = self._call(closure)
         finally:
