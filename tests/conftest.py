@@ -22,7 +22,11 @@ MAKEFILE = Path(__file__).parent.parent / "Makefile"
 
 
 def is_allowed(reason: str) -> bool:
-    """Whether `reason` is "no GPU..." or names a framework's own target of the Makefile, as "make composer-check"."""
+    """Whether `reason` is one of these: no GPU; Triton's interpreter beside a numpy that breaks it; a target of the
+    Makefile that is for it, as "make composer-check".
+    """
+    if reason == "Triton's interpreter up to 3.6 fails with numpy >= 2.4":
+        return True
     if reason.startswith("no GPU"):  # with one at hand, only more of them, or more memory, can be wanting
         return not REQUIRE_GPU or torch.cuda.is_available()
     targets = re.findall(r"^([\w-]+-check):", MAKEFILE.read_text(), flags=re.MULTILINE)

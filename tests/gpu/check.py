@@ -64,7 +64,8 @@ LOG_BYTES = 1 << 20
 """Of each job; the middle of a longer log is cut out."""
 GRACE = 5.0
 """Seconds that a job has to end after SIGINT, which lets pytest write what it found."""
-FAILURES_SHOWN = 6
+FAILURES_SHOWN = (6, 3, 1)
+SUMMARY_CHARACTERS = 8000
 NO_TESTS = 5  # pytest's exit status
 
 DESCRIBE = """
@@ -98,6 +99,7 @@ class Job:
     seconds: float = JOB_SECONDS
     left_out: str | None = None
     junit: bool = False
+    may_be_empty: bool = False
 
 
 @dataclass
@@ -138,7 +140,7 @@ def pytest_job(
     command += ["-p", "no:cacheprovider", path, *(["-k", chosen] if chosen else [])]
     if backend is not None:
         environment["FASTSAM_TEST_BACKEND"] = backend
-    return Job(name, command, environment, junit=True)
+    return Job(name, command, environment, junit=True, may_be_empty=backend is not None)
 
 
 def marked(root: Path) -> list[str]:
@@ -271,13 +273,16 @@ def run(job: Job, part: str, out: Path, seconds: float) -> Result:
     text = shorten(log, begin)
     state = "passed"
     if reason or status != 0:
-        state = "no tests" if job.junit and status == NO_TESTS and not reason else "failed"
+        state = "no tests" if job.may_be_empty and status == NO_TESTS and not reason else "failed"
     result = Result(part, job.name, state, reason, time.monotonic() - start)
     if state == "failed" and not reason:
         result.reason = f"signal {-status}" if status < 0 else f"status {status}"
     result.figures = [line.removeprefix("figure: ") for line in text.splitlines() if re.match("figure: |done ", line)]
     if job.junit:
         read_junit(junit, result)
+        if state == "passed" and not result.passed and not job.may_be_empty:
+            result.state = state = "failed"
+            result.reason = "no test passed"
     if state == "failed" and not result.failures:
         result.failures = [line for line in text.splitlines() if line.strip()][-3:]
     return result
@@ -319,7 +324,7 @@ def read_junit(junit: Path, result: Result) -> None:
 
 
 def judge(part: str, results: Sequence[Result]) -> Result | None:
-    """A part of pytest jobs in which no test passed, though one was to, proves nothing: that is a failure."""
+    """Files may lack tests of a backend, but a part in which no test passed proves nothing: that is a failure."""
     of_part = [r for r in results if r.part == part]
     silent = [r for r in of_part if r.state in ("passed", "no tests") and not r.passed]
     if part in ("tests", "graphs") and of_part and len(silent) == len(of_part):
@@ -328,14 +333,19 @@ def judge(part: str, results: Sequence[Result]) -> Result | None:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Terse: a line for each job, figures, and the first failures."""
+    """A line for each job, figures, and as many failures of each as leave it short enough for the end of an output."""
+    texts = (summary_with(results, shown) for shown in FAILURES_SHOWN)
+    return next((text for text in texts if len(text) <= SUMMARY_CHARACTERS), summary_with(results, 0))
+
+
+def summary_with(results: Sequence[Result], shown: int) -> str:
     lines = ["== summary"]
     for result in results:
         lines.append(str(result))
         lines += [f"    {line[:200]}" for line in result.figures]
-        lines += [f"    {line[:200]}" for line in result.failures[:FAILURES_SHOWN]]
-        if len(result.failures) > FAILURES_SHOWN:
-            lines.append(f"    and {len(result.failures) - FAILURES_SHOWN} more")
+        lines += [f"    {line[:200]}" for line in result.failures[:shown]]
+        if len(result.failures) > shown:
+            lines.append(f"    and {len(result.failures) - shown} more")
     return "\n".join(lines)
 
 
@@ -362,10 +372,16 @@ def run_parts(
         verdict = judge(part, results)
         if verdict is not None:
             keep(verdict)
-        print(f"== {part}: {'FAILED' if failed(r for r in results if r.part == part) else 'passed'}", flush=True)
+        print(f"== {part}: {verdict_of([r for r in results if r.part == part])}", flush=True)
 
 
-def failed(results: Iterator[Result] | Sequence[Result]) -> bool:
+def verdict_of(results: Sequence[Result]) -> str:
+    if failed(results):
+        return "FAILED"
+    return "passed" if any(result.state == "passed" for result in results) else "left out"
+
+
+def failed(results: Sequence[Result]) -> bool:
     return any(result.state in ("failed", "not run") for result in results)
 
 
