@@ -54,6 +54,11 @@ class PointerTable:
         """The addresses as the host knows them; 0 says that there is no tensor."""
         return self._host.tolist() if self._captured is None else self._captured
 
+    @property
+    def captured(self) -> bool:
+        """Whether the last update went into a CUDA graph: nothing has written the table before a replay."""
+        return self._captured is not None
+
     def update(self, pointers: list[int]) -> None:
         """Writes `pointers` when they differ from those of the last call; as many as at construction."""
         if capturing(self._eager.device):
@@ -134,7 +139,6 @@ class ParameterBucket:
         saved: int32 0-d on the device: `generation` once `backup` holds the weights of this step, which perturb writes;
             norm writes 0. So where perturb never ran, as in a CUDA graph's capture that failed, nothing is restored.
         generation: counts the calls of perturb; never 0.
-        captured: whether the last perturb went into a CUDA graph.
 
     Raises:
         RuntimeError: a parameter has no memory; a CUDA graph is being captured.
@@ -191,7 +195,6 @@ class ParameterBucket:
         self.counter = torch.zeros((), dtype=torch.int32, device=self.device)
         self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
         self.generation = 1  # never 0, which norm writes
-        self.captured = False
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
         self.plan: object = None
@@ -288,15 +291,14 @@ class ParameterBucket:
     def next_generation(self) -> int:
         """That of the perturb under way: an int32 that is not 0."""
         self.generation = self.generation % (2**31 - 1) + 1
-        self.captured = capturing(self.device)
         return self.generation
 
     def abandoned(self) -> bool:
-        """Whether perturb was captured into a CUDA graph that never ran: then there is nothing to restore.
+        """Whether the ascent was captured into a CUDA graph that never ran: nothing is to be restored or unstaged.
 
         Waits for the device, but only where a restore is not part of the capture.
         """
-        return self.captured and not capturing(self.device) and bool(self.saved != self.generation)
+        return self.grad_table.captured and not capturing(self.device) and bool(self.saved != self.generation)
 
     def allocate_backup(self) -> Tensor:
         """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""

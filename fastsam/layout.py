@@ -147,14 +147,16 @@ class Layout:
                 then goes on writing.
         """
         for _, bucket in self.buckets:
-            if bucket.backup is not None and capturing(bucket.device) and not bucket.captured:
+            if bucket.backup is not None and capturing(bucket.device) and not bucket.grad_table.captured:
                 raise RuntimeError(
                     "second_step() is being captured into a CUDA graph, but first_step() ran before the capture, so "
                     "the graph would restore from memory that is freed: capture both, or neither"
                 )
         for backend, bucket in self.buckets:
             backup = bucket.backup
-            if bucket.restorable():
+            if bucket.abandoned():
+                bucket.free_backup()
+            elif bucket.restorable():
                 backend.restore(bucket)
                 bucket.unstage()
             else:

@@ -57,20 +57,50 @@ def test_a_graph_reads_its_options_from_the_last_step(monkeypatch):
     assert ascent.rho.tolist() == pytest.approx([0.1])
 
 
-@pytest.mark.parametrize("name", ["reference", "foreach"])
-def test_a_captured_perturb_that_never_ran_is_not_restored(name):
-    """Of the backends that save on the host's order: the graph failed, so the flag on the device is another step's."""
-    p = torch.nn.Parameter(torch.ones(5))
-    p.grad = torch.ones(5)
-    sam = FusedSAM([p], torch.optim.SGD, lr=0.1, backend=name)
+@pytest.fixture
+def stepped(backend):
+    """A FusedSAM after a step, and its parameters, with gradients: the second has gaps, so kernels work on a copy."""
+    params = [torch.nn.Parameter(t) for t in (torch.arange(5.0), torch.arange(8.0).view(2, 4)[:, :3])]
+    sam = FusedSAM(params, torch.optim.SGD, lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
     sam.first_step()
+    sam.second_step()
+    return sam, params
+
+
+def test_a_capture_that_failed_leaves_the_weights_alone(stepped, capture):
+    sam, params = stepped
     ((_, made),) = sam._state.layout.buckets
-    made.captured = True
-    made.saved.fill_(made.generation - 1)
-    with torch.no_grad():
-        p.fill_(3.0)  # a capture would have left w
+    device = [*params, *made.weights, made.saved]
+    sam_before = [p.detach().clone() for p in params]
+    made.weights[1].fill_(9.0)  # not brought up to date by what did not run
+    before = [t.detach().clone() for t in device]
+    capture(True)
+    sam.first_step()
+    capture(False)
+    with torch.no_grad():  # the device ran nothing of it
+        for t, was in zip(device, before, strict=True):
+            t.copy_(was)
+    made.backup.fill_(7.0)
     sam.restore()
-    assert torch.equal(p.detach(), torch.full((5,), 3.0))
+    assert not sam.perturbed
+    assert all(map(torch.equal, params, sam_before))
+    sam.first_step()  # as any other
+    assert not any(map(torch.equal, params, sam_before))
+    sam.restore()
+    assert all(map(torch.equal, params, sam_before))
+
+
+def test_a_captured_ascent_that_ran_is_restored(stepped, capture):
+    sam, params = stepped
+    before = [p.detach().clone() for p in params]
+    capture(True)
+    sam.first_step()
+    capture(False)
+    assert not any(map(torch.equal, params, before))
+    sam.restore()
+    assert all(map(torch.equal, params, before))
 
 
 def test_first_step_outside_and_second_step_inside_a_capture(monkeypatch):

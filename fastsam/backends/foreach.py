@@ -178,6 +178,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     not_finite = ascent.norm.isfinite().logical_not()
     if on_cpu and not_finite:
         return
+    generation = bucket.next_generation()
     plan = _plan(bucket)
     if bucket.backup is None:
         bucket.backup = bucket.allocate_backup()
@@ -188,7 +189,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
         torch._foreach_copy_(block.saved, block.weights)
         plan.saved = k + 1  # before the first write: a signal handler may restore in between
         if plan.saved == len(plan.blocks):
-            bucket.saved.fill_(bucket.next_generation())
+            bucket.saved.fill_(generation)
         grads = block.grads(bucket)
         if ascent.groups_adaptive[block.group]:
             g, _ = block.pack(plan, 0, grads)
@@ -213,7 +214,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
     backup, plan = bucket.backup, bucket.plan  # once: a signal handler may restore in between
-    if backup is None or not isinstance(plan, _Plan) or not plan.saved or bucket.abandoned():
+    if backup is None or not isinstance(plan, _Plan) or not plan.saved:
         return
     plan.bind(backup)
     done = plan.blocks[: plan.saved]

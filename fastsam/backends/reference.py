@@ -71,7 +71,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
     backup = bucket.backup  # once: a signal handler may restore in between
-    if backup is None or bucket.abandoned():
+    if backup is None:
         return
     for w, view in zip(bucket.live_weights(), bucket.live_views(backup), strict=True):
         w.copy_(view)
