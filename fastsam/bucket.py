@@ -46,6 +46,7 @@ class PointerTable:
         self._eager = self.tensor
         self._captured: list[int] | None = None
         self.in_a_graph = False
+        self._behind = False  # the device may lack what the host's array says: an upload failed
         self.complete = all(pointers)
         self.refreshes = 1
 
@@ -70,8 +71,9 @@ class PointerTable:
             self.refreshes += 1
             return
         found = array("q", pointers)
-        changed = found != self._host
+        changed = self._behind or found != self._host
         if changed:
+            self._behind = True
             self._host[:] = found
         self._updated(changed)
 
@@ -88,10 +90,12 @@ class PointerTable:
         survey = native()
         if survey is None or capturing(self._eager.device):
             return False
+        behind, self._behind = self._behind, True  # whatever interrupts
         found = survey(tensors, layouts, self._view)
         if found == 0:
+            self._behind = behind
             return False
-        self._updated(found == 2)
+        self._updated(behind or found == 2)
         return True
 
     def _updated(self, changed: bool) -> None:
@@ -103,6 +107,7 @@ class PointerTable:
             self.complete = all(self._host)
         self.tensor = self._eager
         self._captured = None
+        self._behind = False
 
 
 class ParameterBucket:

@@ -9,6 +9,7 @@ import torch
 from fastsam import FusedSAM, bucket
 from fastsam.ascent import Ascent
 from fastsam.bucket import PointerTable
+from fastsam.survey import layouts_of
 
 CPU = torch.device("cpu")
 A, B, C = [2**47 + 16, 0, 2**62 + 1], [0, 64, 2**63 - 1], [1, 2, 3]
@@ -26,6 +27,32 @@ def test_a_table_is_written_only_when_an_address_changed():
         table.update(pointers)
         assert table.tensor.tolist() == table.pointers == pointers
         assert table.refreshes == refreshes
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_an_upload_that_failed_is_made_up_for(monkeypatch, native):
+    tensors = [torch.ones(3), torch.ones(2, 2)]
+    pointers = [t.data_ptr() for t in tensors]
+    layouts = layouts_of(torch.float32, [t.shape for t in tensors], [t.stride() for t in tensors])
+    table = PointerTable([0, 0], torch.device("meta"))
+    uploads = []
+
+    def fails(target, source):
+        raise RuntimeError("out of memory")
+
+    def gather():
+        if not (native and table.take(tensors, layouts)):
+            table.update(pointers)
+
+    monkeypatch.setattr(bucket, "upload", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gather()
+    monkeypatch.setattr(bucket, "upload", lambda target, source: uploads.append(source.tolist()))
+    for _ in range(2):  # the same addresses: once is enough
+        gather()
+        assert uploads == [pointers]
+    assert table.complete
+    assert table.refreshes == 2
 
 
 def test_a_capture_gets_a_table_of_its_own(capture):
