@@ -59,6 +59,7 @@ class Ascent:
                     "rho, epsilon or adaptive changed between the last step and the capture of a CUDA graph: take a "
                     "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
                 )
+            self._host = None  # an upload may fail
             upload(self.rho, torch.tensor(host[0], dtype=self.dtype, device="cpu"))
             upload(self.epsilon, torch.tensor(epsilon, dtype=self.dtype, device="cpu"))
             upload(self.adaptive, torch.tensor(adaptive, dtype=torch.int32, device="cpu"))

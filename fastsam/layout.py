@@ -216,6 +216,7 @@ class Layout:
         on_device = any(isinstance(r, Tensor) for r in rho)
         if not on_device and options == self._options:
             return
+        self._options = None
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
         for ascent in self._ascents.values():
