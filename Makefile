@@ -30,7 +30,7 @@ GPU_PYTHON ?= python3
 .DELETE_ON_ERROR:
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 demo: setup
 	$(VENV)/bin/python -m fastsam.demo
@@ -47,7 +47,7 @@ docs: setup $(VENV)/docs.stamp
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --clean && echo "the pages are in site/"
 
 arm-check: setup
-	CI=true $(VENV)/bin/python -m pytest tests/test_arm.py && command -v aarch64-linux-gnu-g++
+	CI=true $(VENV)/bin/python -m pytest tests/package/test_arm.py && command -v aarch64-linux-gnu-g++
 
 gpu-check:
 	$(GPU_PYTHON) tests/gpu/check.py --out build/gpu-check
@@ -59,8 +59,8 @@ cuda-build-check: setup $(VENV)/cuda.stamp
 		--no-build-isolation --no-deps -w dist/cuda
 	@$(VENV)/cuda/bin/python -m zipfile -l dist/cuda/*.whl | grep -o 'fastsam/_C_cuda.*' \
 		|| { echo "the CUDA library was not built: is there an nvcc of the CUDA of $(CUDA_TORCH)?"; exit 1; }
-	$(VENV)/cuda/bin/python tests/cuda_build_check.py dist/cuda/*.whl
-	$(VENV)/bin/python tests/cuda_build_check.py dist/cuda/*.whl
+	$(VENV)/cuda/bin/python tests/package/cuda_build_check.py dist/cuda/*.whl
+	$(VENV)/bin/python tests/package/cuda_build_check.py dist/cuda/*.whl
 
 # The wheels are built from the sdist, which therefore holds all that they need.
 dist: setup
@@ -70,15 +70,15 @@ dist: setup
 	@FASTSAM_BUILD_NATIVE=0 $(PIP) wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	@$(VENV)/bin/twine check --strict dist/*.tar.gz dist/*.whl
-	$(VENV)/bin/python tests/dist_check.py "$(TORCH)" "$(SETUPTOOLS)" dist/*.tar.gz dist/*.whl
+	$(VENV)/bin/python tests/package/dist_check.py "$(TORCH)" "$(SETUPTOOLS)" dist/*.tar.gz dist/*.whl
 
 # With torch 2.7 there is no native library: foreach serves, and Triton 3.3 for GPUs, whose kernels are interpreted and compiled.
 composer-check: $(VENV)/composer.stamp
 	@$(VENV)/composer/bin/python -m pip -q --disable-pip-version-check install --no-build-isolation --no-deps \
 		--force-reinstall .
 	cd $(VENV)/composer && bin/python -m fastsam && bin/python $(CURDIR)/examples/train_composer.py
-	$(VENV)/composer/bin/python -m pytest tests/test_composer.py tests/test_composer_trainer.py tests/test_triton.py \
-		tests/test_triton_compile.py
+	$(VENV)/composer/bin/python -m pytest tests/frameworks/test_composer.py tests/frameworks/test_composer_trainer.py \
+		tests/kernels/test_triton.py tests/package/test_triton_compile.py
 
 setup: $(VENV)/native.stamp
 

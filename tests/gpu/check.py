@@ -56,8 +56,8 @@ CASES = ("161x64", "densenet121", "resnet50", "mixer-b16", "size-1e8")
 CONTESTANTS = ("fastsam-*", "pytorch_optimizer", "davda54", "composer", "foreach", "foreach-kept", "foreach-item")
 SANITIZED = (
     ("memcheck", "tests/gpu/test_steps.py", "test_dtypes_and_layouts and (float32 or bfloat16) and {}"),
-    ("memcheck", "tests/test_kernels.py", "alignment and (float32 or bfloat16) and mixed and {}-cuda"),
-    ("racecheck", "tests/test_kernels.py", "alignment and (float32 or bfloat16) and mixed and {}-cuda"),
+    ("memcheck", "tests/kernels/test_kernels.py", "alignment and (float32 or bfloat16) and mixed and {}-cuda"),
+    ("racecheck", "tests/kernels/test_kernels.py", "alignment and (float32 or bfloat16) and mixed and {}-cuda"),
 )
 JOB_SECONDS = 120
 LOG_BYTES = 1 << 20
@@ -144,8 +144,8 @@ def pytest_job(
 
 
 def marked(root: Path) -> list[str]:
-    """The files beside tests/gpu that hold tests marked gpu."""
-    paths = sorted((root / "tests").glob("test_*.py"))
+    """The files outside of tests/gpu that hold tests marked gpu."""
+    paths = [path for path in sorted((root / "tests").rglob("test_*.py")) if "tests/gpu" not in path.as_posix()]
     return [str(path.relative_to(root)) for path in paths if "pytest.mark.gpu" in path.read_text()]
 
 
