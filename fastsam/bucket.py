@@ -306,8 +306,13 @@ class ParameterBucket:
         return self.grad_table.captured and not capturing(self.device) and bool(self.saved != self.generation)
 
     def allocate_backup(self) -> Tensor:
-        """Uninitialised memory for all slots, ``[numel]``; not yet the backup."""
-        return torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        """Uninitialised memory for all slots, ``[numel]``; not yet the backup.
+
+        Not by torch.empty, which fills it under torch.use_deterministic_algorithms: nothing reads what was not written.
+        """
+        size = self.numel * self.dtype.itemsize
+        storage = torch.UntypedStorage(size, device=self.device)  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=self.dtype, device=self.device).set_(storage)
 
     def free_backup(self) -> None:
         """Lets go of the backup: its memory is used again only after what the current stream has still to do."""

@@ -546,7 +546,13 @@ class FusedSAM(OptimizerWrapper):
             torch.clear_autocast_cache()
 
     def _is_state_initialisation(self) -> bool:
-        """Whether this is torch.distributed.checkpoint filling the base's state: lr 0, gradients zero or none."""
+        """Whether this is torch.distributed.checkpoint filling the base's state: lr 0, gradients zero or none.
+
+        It does so only where there is no state. So the host looks at gradients, and waits for the device, at most where
+        step() without a closure is an error otherwise, or the first plain step of a schedule that begins at lr 0.
+        """
+        if self.state:
+            return False
         for group in self.param_groups:
             lr = group.get("lr", 0.0)
             if isinstance(lr, Tensor) and lr.device.type != "cpu":

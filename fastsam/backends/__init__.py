@@ -52,19 +52,27 @@ class Backend(Protocol):
 def available_backends() -> tuple[str, ...]:
     """The names of the backends that work in this process, best first.
 
+    It does not initialise CUDA, so that processes may still be forked. What only CUDA tells, as that a GPU is too old,
+    counts once something else has initialised it.
+
     Returns:
         Some of ``("triton", "cuda", "cpp", "foreach", "reference")``.
     """
     return tuple(name for name in BACKENDS if missing(name) is None)
 
 
-@functools.cache
 def missing(name: str) -> str | None:
     """Why a backend does not work here, and the command that gets it; None when it works.
 
     Args:
         name: one of `BACKENDS`.
     """
+    return _missing(name, torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _missing(name: str, cuda_is_initialized: bool) -> str | None:
+    """A backend sees for itself whether CUDA is initialised; the argument keeps the answers apart."""
     try:
         module = _module(name)
     except ImportError as error:

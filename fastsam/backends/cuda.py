@@ -45,8 +45,10 @@ def restore(bucket: ParameterBucket) -> None:
 
 def obstacle() -> str | None:
     """Why the library cannot serve here, and what to do; None when it can."""
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() == 0:  # of NVML: it initialises nothing
         return "no CUDA device here (nvidia-smi shows those that the driver finds)"
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
     oldest: int = _library.oldest_architecture()
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)

@@ -415,8 +415,10 @@ def obstacle() -> str | None:
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA: https://pytorch.org/get-started/locally"
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() == 0:  # of NVML: it initialises nothing
         return "no CUDA device here (nvidia-smi shows those that the driver finds)"
+    if not torch.cuda.is_initialized():
+        return None
     for i in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(i) < OLDEST_CAPABILITY:
             needed = ".".join(map(str, OLDEST_CAPABILITY))

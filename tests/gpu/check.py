@@ -82,8 +82,9 @@ if sys.argv[1] == "cuda":
     print("figure:", torch.cuda.get_device_name(), "capability", torch.cuda.get_device_capability())
 """
 ASSERT_BACKENDS = """
-import sys
+import sys, torch
 from fastsam import backends
+if torch.cuda.is_available(): torch.cuda.init()  # only then capabilities and Triton's compiler are asked for
 missing = {name: backends.missing(name) for name in sys.argv[1:]}
 sys.exit("\\n".join(f"backend {name} is missing: {why}" for name, why in missing.items() if why) or 0)
 """

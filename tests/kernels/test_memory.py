@@ -86,3 +86,23 @@ def test_gradients_are_let_go(backend):
 
         _, end = allocated(step)
         assert end <= SMALL
+
+
+def test_deterministic_algorithms_fill_no_backup(backend):
+    """torch.empty would fill it, with NaN: one more pass over the memory."""
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    for p in params:
+        p.grad = torch.ones(3)
+    sam = FusedSAM(params, torch.optim.SGD, backend=backend, lr=0.1)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        sam.first_step()
+        filled = torch.empty(3)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert filled.isnan().all()
+    ((_, bucket),) = sam._state.layout.buckets
+    assert not bucket.backup[3 : bucket.offsets[1]].isnan().all()  # between the slots
+    sam.restore()
+    assert all(torch.equal(p.detach(), torch.ones(3)) for p in params)

@@ -113,6 +113,31 @@ def test_without_a_gpu_there_is_a_reason():
     assert result.returncode == 0, result.stderr
 
 
+def test_nothing_initialises_cuda():
+    """So processes may fork after the import. With a device that is not there: what would initialise it raises."""
+    code = """
+import torch
+import torch._dynamo, torch._inductor
+torch.version.cuda = "13.0"
+torch.cuda.device_count = lambda: 1
+def initialised(*args):
+    raise AssertionError("CUDA is initialised")
+torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = initialised
+import fastsam
+
+assert "triton" in fastsam.available_backends()
+fastsam.FusedSAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1)
+
+torch.cuda.is_initialized = lambda: True
+torch.cuda.get_device_name = lambda i: "Old"
+torch.cuda.get_device_capability = lambda i: (7, 5)
+assert "Old is older than capability 8.0" in fastsam.backends.missing("triton")
+assert "triton" not in fastsam.available_backends()
+"""
+    result = python("-c", code, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_interpreter_serves_the_cpu_only_and_never_by_default():
     code = """
 import torch

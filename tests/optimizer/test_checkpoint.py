@@ -11,6 +11,7 @@ import torch
 from pytorch_optimizer import SAM
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import FusedSAM, notices
 from tests.oracle import copies, same_bits
@@ -341,6 +342,35 @@ def test_distributed_checkpoint_initialises_state(base):
     got = [v for p in other.parameters() for v in loaded.state[p].values() if v is not None]
     assert same_bits(got, saved)
     assert len(got) == (12 if base is torch.optim.AdamW else 0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that the host reads: on a GPU each waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plain_step_at_lr_0_reads_no_gradient():
+    """A schedule may begin at 0; only torch.distributed.checkpoint's step, which finds no state, looks like it."""
+    model = make_model()
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.1, interval=4, lr=0.1, momentum=0.9)
+    backward(model)
+    sam.step()
+    sam.param_groups[0]["lr"] = 0.0
+    before = copies(model.parameters())
+    with HostReads() as reads:
+        sam.step()
+    assert reads.count == 0
+    assert sam.param_groups[0]["sam_step"] == 2
+    for p in model.parameters():
+        p.grad.zero_()
+    sam.step()  # zeros are a gradient like others, once there is state
+    assert sam.param_groups[0]["sam_step"] == 3
+    assert same_bits(copies(model.parameters()), before)
 
 
 NESTED = {
