@@ -159,26 +159,27 @@ def _norm(
     for j in range(tl.minimum(per_program, n_chunks - first)):
         slot, n, group, offset, _ = _chunk(chunks, first + j)
         g = tl.load(grads + slot)
-        if g != 0:
-            g += offset * SIZE
-            w = g
-            flag = 0
-            if ADAPTIVE:
-                w = tl.load(weights + slot) + offset * SIZE
-                flag = tl.load(adaptive + group)
-            head, body = _peel(g, n, VEC)
-            g_body = tl.multiple_of((g + head * SIZE).to(POINTER), 16)
-            if ((w ^ g) & 15) == 0:
-                w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
-                sums += _square_body(g_body, w_body, body, flag, ADAPTIVE, VEC, BLOCK, REAL).to(tl.float64)
-            else:
-                w_body = (w + head * SIZE).to(POINTER)
-                sums += _square_body(g_body, w_body, body, flag, ADAPTIVE, VEC, BLOCK, REAL).to(tl.float64)
-            inside = tl.arange(0, EDGE) < n - body
-            inside_w = tl.arange(0, EDGE) < (n - body) * flag
-            o = _edge(head, body)
-            squares = _square_tile(g.to(POINTER), w.to(POINTER), o, inside, inside_w, flag, ADAPTIVE, REAL)
-            edge_sums += squares.to(tl.float64)
+        # Not a branch, below which the compiler would sink the loads of offset and length: they would wait for g first.
+        n *= (g != 0).to(tl.int32)
+        g += offset * SIZE
+        w = g
+        flag = 0
+        if ADAPTIVE:
+            w = tl.load(weights + slot) + offset * SIZE
+            flag = tl.load(adaptive + group)
+        head, body = _peel(g, n, VEC)
+        g_body = tl.multiple_of((g + head * SIZE).to(POINTER), 16)
+        if ((w ^ g) & 15) == 0:
+            w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
+            sums += _square_body(g_body, w_body, body, flag, ADAPTIVE, VEC, BLOCK, REAL).to(tl.float64)
+        else:
+            w_body = (w + head * SIZE).to(POINTER)
+            sums += _square_body(g_body, w_body, body, flag, ADAPTIVE, VEC, BLOCK, REAL).to(tl.float64)
+        inside = tl.arange(0, EDGE) < n - body
+        inside_w = tl.arange(0, EDGE) < (n - body) * flag
+        o = _edge(head, body)
+        squares = _square_tile(g.to(POINTER), w.to(POINTER), o, inside, inside_w, flag, ADAPTIVE, REAL)
+        edge_sums += squares.to(tl.float64)
     tl.store(partials + pid, tl.sum(sums) + tl.sum(edge_sums))
     # The last program to get here sums up, in an order of its own: the same whichever it is. The release makes its
     # partial visible before the count, the acquire makes the others' visible to it.
@@ -256,23 +257,23 @@ def _perturb(
     flag = 0
     if ADAPTIVE:
         flag = tl.load(adaptive + group)
-    if g != 0:
-        g += offset * SIZE
-        b = backup.to(tl.int64) + backup_offset * SIZE
-        # By the boundaries of w: those of the backup are the same.
-        head, body = _peel(w, n, VEC)
-        w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
-        b_body = tl.multiple_of((b + head * SIZE).to(POINTER), 16)
-        if ((w ^ g) & 15) == 0:
-            g_body = tl.multiple_of((g + head * SIZE).to(POINTER), 16)
-            _perturb_body(w_body, g_body, b_body, body, finite, s, flag, ADAPTIVE, BLOCK, REAL)
-        else:
-            g_body = (g + head * SIZE).to(POINTER)
-            _perturb_body(w_body, g_body, b_body, body, finite, s, flag, ADAPTIVE, BLOCK, REAL)
-        inside = tl.arange(0, EDGE) < n - body
-        written = tl.arange(0, EDGE) < (n - body) * finite
-        o = _edge(head, body)
-        _perturb_tile(w.to(POINTER), g.to(POINTER), b.to(POINTER), o, inside, written, s, flag, ADAPTIVE, REAL)
+    n *= (g != 0).to(tl.int32)  # not a branch; see _norm
+    g += offset * SIZE
+    b = backup.to(tl.int64) + backup_offset * SIZE
+    # By the boundaries of w: those of the backup are the same.
+    head, body = _peel(w, n, VEC)
+    w_body = tl.multiple_of((w + head * SIZE).to(POINTER), 16)
+    b_body = tl.multiple_of((b + head * SIZE).to(POINTER), 16)
+    if ((w ^ g) & 15) == 0:
+        g_body = tl.multiple_of((g + head * SIZE).to(POINTER), 16)
+        _perturb_body(w_body, g_body, b_body, body, finite, s, flag, ADAPTIVE, BLOCK, REAL)
+    else:
+        g_body = (g + head * SIZE).to(POINTER)
+        _perturb_body(w_body, g_body, b_body, body, finite, s, flag, ADAPTIVE, BLOCK, REAL)
+    inside = tl.arange(0, EDGE) < n - body
+    written = tl.arange(0, EDGE) < (n - body) * finite
+    o = _edge(head, body)
+    _perturb_tile(w.to(POINTER), g.to(POINTER), b.to(POINTER), o, inside, written, s, flag, ADAPTIVE, REAL)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """What the machine code of CUDA kernels is like: registers, opcodes and loops, from cuobjdump."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -22,8 +23,18 @@ def inner_loops(sass):
     return [[text for at, text in code if first <= at <= last] for first, last in inner]
 
 
+def prologue(sass):
+    """The loads from the first on, up to the next branch."""
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
+    code = list(itertools.dropwhile(lambda text: "LDG" not in text, code))
+    straight = itertools.takewhile(lambda text: not re.search(r"\b(BRA|EXIT)\b", text), code)
+    return re.findall(r"\bLDG\b[\w.]*", "\n".join(straight))
+
+
 def facts(cubin):
-    """By symbol of each kernel in a cubin (bytes): what is asserted of it. "loops" holds their memory instructions."""
+    """By symbol of each kernel in a cubin (bytes): what is asserted of it. "loops" and "prologue" hold their memory
+    instructions.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -42,6 +53,7 @@ def facts(cubin):
             "stack": stack,
             "local": local,
             "opcodes": sorted(set(opcodes)),
+            "prologue": prologue(function),
             "loops": [re.findall(memory, "\n".join(loop)) for loop in inner_loops(function)],
         }
     return found

@@ -82,6 +82,17 @@ def test_norm_loads_vectors_and_shuffles_nothing_in_its_loop(compiled, name):
     assert count(loop, "ST") == count(loop, "SHFL") == count(loop, "BAR") == 0
 
 
+@pytest.mark.parametrize("name", [*each("norm"), *each("perturb")])
+def test_a_chunk_s_record_and_addresses_are_loaded_without_a_branch(compiled, name):
+    """Each wait costs a trip to memory: for the record, for what its slot and group tell of, and then for the data."""
+    adaptive = name.endswith("asam")
+    if " norm " in name:
+        expected = 3 + 1 + 2 * adaptive  # slot, length, offset; g; w and the flag
+    else:
+        expected = 4 + 2 + 2 + adaptive  # offset in the backup too; g and w; norm and scale; the flag
+    assert len(compiled[name]["prologue"]) >= expected
+
+
 @pytest.mark.parametrize("name", each("perturb"))
 def test_perturb_moves_vectors_several_in_flight(compiled, name):
     loop = aligned_loop(compiled[name])
