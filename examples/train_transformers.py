@@ -32,15 +32,16 @@ from fastsam import FusedSAM, frozen_running_stats
 
 
 class SAMTrainer(Trainer):
-    """The Trainer with FusedSAM around its optimizer; rho, interval and adaptive are FusedSAM's.
+    """The Trainer with FusedSAM around its optimizer; rho, interval and the like are FusedSAM's.
 
     When a checkpoint is resumed, its rho and adaptive win. Not for DeepSpeed, nor for optim="schedule_free_...",
     "lomo", "adalomo" or "..._layerwise".
     """
 
-    def __init__(self, *args, rho=0.05, interval=1, adaptive=False, **kwargs):
+    def __init__(self, *args, rho=0.05, interval=1, adaptive=False, start=0, direction="gradient", **kwargs):
         super().__init__(*args, **kwargs)
         self.sam_options = {"rho": rho, "interval": interval, "adaptive": adaptive}
+        self.sam_options |= {"start": start, "direction": direction}
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -57,11 +58,19 @@ class SAMTrainer(Trainer):
                 sam.restore()  # after Ctrl-C, or without memory, in a second pass
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        sam = self.optimizer.optimizer  # inside Accelerate's wrapper
+        if sam.direction == "momentum":
+            if not self.window:  # the first micro-batch: the step's only gradient is that at w + e_w
+                sam.first_step()
+                self.window.append(inputs)
+            if self.accelerator.sync_gradients:
+                self.window.clear()
+            return super().training_step(model, inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         # And what it was divided by: the Trainer takes a window that the data cut short along into the next epoch.
         self.window.append((inputs, num_items_in_batch, self.current_gradient_accumulation_steps))
         if self.accelerator.sync_gradients:
-            if self.optimizer.optimizer.first_step(zero_grad=True):  # .optimizer: inside Accelerate's wrapper
+            if sam.first_step(zero_grad=True):
                 self.second_pass(model)
             self.window.clear()
         return loss  # at w; the Trainer clips and steps by the gradients at w + e_w

@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp, backends
+from fastsam.direction import DIRECTIONS, check_base
 from fastsam.distributed import is_fsdp1
 from fastsam.notices import tell_once
 
@@ -29,8 +30,10 @@ __all__ = [
     "Arguments",
     "ContextFactory",
     "bind",
+    "check_direction",
     "check_group",
     "check_interval",
+    "check_one_pass",
     "check_options",
     "check_passes",
     "check_start",
@@ -68,6 +71,7 @@ class Arguments(NamedTuple):
     flatten_parameters: bool
     closure_passes: str
     start: int
+    direction: str
 
 
 def bind(*args: Any, **kwargs: Any) -> Arguments:
@@ -109,6 +113,7 @@ def _bind_class(
     flatten_parameters: bool = False,
     closure_passes: str = "auto",
     start: int = 0,
+    direction: str = "gradient",
     **base_optimizer_kwargs: Any,
 ) -> Arguments:
     if not _makes_optimizers(base_optimizer):
@@ -119,7 +124,7 @@ def _bind_class(
     if isinstance(base_optimizer, type):
         _check_class(base_optimizer)
     options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes), check_start(start)
+    checked = check_interval(interval), check_passes(closure_passes), check_start(start), check_direction(direction)
     base = base_optimizer(params, **base_optimizer_kwargs)
     if not isinstance(base, Optimizer):  # a factory's, such as a functools.partial
         raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, but {base_optimizer!r} made {base!r}")
@@ -139,9 +144,10 @@ def _bind_optimizer(
     flatten_parameters: bool = False,
     closure_passes: str = "auto",
     start: int = 0,
+    direction: str = "gradient",
 ) -> Arguments:
     options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes), check_start(start)
+    checked = check_interval(interval), check_passes(closure_passes), check_start(start), check_direction(direction)
     return _arguments(base_optimizer, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
 
 
@@ -151,6 +157,7 @@ def _arguments(
     interval: int,
     closure_passes: str,
     start: int,
+    direction: str,
     backend: str | None,
     first_pass_context: ContextFactory | None,
     grad_scaler: GradScaler | None,
@@ -158,8 +165,20 @@ def _arguments(
 ) -> Arguments:
     _check_class(type(base))
     _check_defaults(base)
+    if direction == "momentum":
+        check_base(base)
+        check_one_pass(closure_passes, first_pass_context)
     return Arguments(
-        base, options, interval, backend, first_pass_context, grad_scaler, flatten_parameters, closure_passes, start
+        base,
+        options,
+        interval,
+        backend,
+        first_pass_context,
+        grad_scaler,
+        flatten_parameters,
+        closure_passes,
+        start,
+        direction,
     )
 
 
@@ -281,6 +300,27 @@ def check_start(start: int) -> int:
     if start < 0:
         raise ValueError(f"start must be >= 0, but got {start}")
     return int(start)
+
+
+def check_direction(direction: str) -> str:
+    """Returns `direction`; raises a ValueError unless it is one of `DIRECTIONS`."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, but got {direction!r}")
+    return direction
+
+
+def check_one_pass(closure_passes: str, first_pass_context: object) -> None:
+    """Raises a ValueError where an option is for a pass at w, which direction='momentum' does not have."""
+    if closure_passes != "auto":
+        raise ValueError(
+            f"closure_passes={closure_passes!r} is for gradients at w, but direction='momentum' computes only those at "
+            "w + e_w: leave it out"
+        )
+    if first_pass_context is not None:
+        raise ValueError(
+            "first_pass_context is for the pass at w, but direction='momentum' computes only the gradients at w + e_w, "
+            "which all ranks need synchronised: leave it out"
+        )
 
 
 def check_passes(closure_passes: str) -> str:

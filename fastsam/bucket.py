@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsam.device import capturing, upload
+from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import is_dtensor, local, local_grad
 from fastsam.survey import layouts_of, native
 
@@ -127,6 +128,7 @@ class ParameterBucket:
         names: what each parameter is called in an error message.
         index: of this bucket among the buckets of its device.
         chunk_size: elements in a chunk, by number of elements in the bucket.
+        direction: what stands for the gradient of each parameter.
 
     Attributes:
         weights: what kernels write to: the parameters themselves, their local shards, or staged copies of these.
@@ -157,6 +159,7 @@ class ParameterBucket:
         names: Sequence[str],
         index: int,
         chunk_size: Callable[[int], int],
+        direction: Direction = GRADIENT,
     ) -> None:
         if capturing(params[0].device):
             raise RuntimeError(
@@ -167,6 +170,7 @@ class ParameterBucket:
         self.groups = list(groups)
         self.names = list(names)
         self.index = index
+        self.direction = direction
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
         self._any_dtensor = any(map(is_dtensor, self.params))
@@ -228,9 +232,10 @@ class ParameterBucket:
             ValueError: a gradient is of another shape, or on another device, than its parameter.
         """
         if self._any_dtensor:
-            grads = [local_grad(p, name) for p, name in zip(self.params, self.names, strict=True)]
+            pairs = zip(self.params, self.names, strict=True)
+            grads = [local_grad(p, self.direction.of(p), name) for p, name in pairs]
         else:
-            grads = [p.grad for p in self.params]
+            grads = list(map(self.direction.of, self.params))
         if not self._take(grads):
             present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
             if self._grad_layouts is None or not self._fit(cast("list[Tensor]", present)):
@@ -348,26 +353,26 @@ class ParameterBucket:
 
     def _conform(self, i: int, g: Tensor) -> Tensor:
         """The gradient of slot i, checked, in its weight's strides."""
-        w, name = self.weights[i], self.names[i]
+        w, name, noun = self.weights[i], self.names[i], self.direction.noun
         if g.layout is not torch.strided:
             raise TypeError(
-                f"the gradient of {name} is sparse ({g.layout}); FusedSAM needs dense gradients: "
+                f"the {noun} of {name} is sparse ({g.layout}); FusedSAM needs dense gradients: "
                 "use nn.Embedding(..., sparse=False), or a param group of its own in another optimizer"
             )
         if g.dtype is not w.dtype:
             raise TypeError(
-                f"the gradient of {name} is {g.dtype} but the parameter is {w.dtype}; "
-                "convert one of them, or clear the gradients after converting the model"
+                f"the {noun} of {name} is {g.dtype} but the parameter is {w.dtype}; "
+                f"convert one of them, or clear the {noun} after converting the model"
             )
         if g.device != w.device:
             raise ValueError(
-                f"the gradient of {name} is on {g.device} but the parameter is on {w.device}; "
-                "clear the gradients after moving the model"
+                f"the {noun} of {name} is on {g.device} but the parameter is on {w.device}; "
+                f"clear the {noun} after moving the model"
             )
         if g.shape != w.shape:
             raise ValueError(
-                f"the gradient of {name} has shape {tuple(g.shape)} but the parameter has {tuple(w.shape)}; "
-                "clear the gradients after changing the parameter"
+                f"the {noun} of {name} has shape {tuple(g.shape)} but the parameter has {tuple(w.shape)}; "
+                f"clear the {noun} after changing the parameter"
             )
         if not g.is_neg() and all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
             # Equal but for dimensions of size 1, whose strides mean nothing: expect these from now on.

@@ -9,17 +9,18 @@ Without Composer `SAMOptimizer` works, and `SAM` says what to install.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from fastsam.arguments import COUNTER, check_interval, check_options
+from fastsam.arguments import COUNTER, check_interval, check_options, check_start
 from fastsam.closures import Closure, Passes
 from fastsam.optimizer import FusedSAM
 
 try:
-    from composer.core import Algorithm, Event
+    from composer.core import Algorithm, Event, Time, TimeUnit
     from composer.trainer._scaler import ClosureGradScaler
     from composer.utils import ensure_tuple
 except ImportError as error:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SAM", "SAMOptimizer"]
 
+_NEVER = sys.maxsize
+"""A start that does not come."""
+
 
 class SAMOptimizer(FusedSAM):
     """`FusedSAM` with the closures of Composer's Trainer; `SAM` puts it around the Trainer's optimizer.
@@ -46,7 +50,7 @@ class SAMOptimizer(FusedSAM):
         rho: radius of the neighbourhood, >= 0. Composer's method card advises to scale it with `interval`.
         epsilon: added to the gradient norm, >= 0.
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it.
-        **kwargs: `adaptive`, `backend` or `flatten_parameters`, as `FusedSAM` has them.
+        **kwargs: `adaptive`, `backend`, `flatten_parameters`, `start` or `direction`, as `FusedSAM` has them.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `FusedSAM`.
@@ -102,6 +106,8 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
         rho: radius of the neighbourhood, >= 0.
         epsilon: added to the gradient norm, >= 0.
         interval: SAM runs on one step in `interval`; the others are plain steps. Scale `rho` with it.
+        start: from when on SAM runs: a number of steps, or one of Composer's time strings, as "0.7dur" or "10ep".
+        **kwargs: `adaptive`, `backend`, `flatten_parameters` or `direction`, as `FusedSAM` has them.
 
     Raises:
         ImportError: Composer is not installed.
@@ -111,7 +117,9 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
         >>> Trainer(model=model, optimizers=optimizer, algorithms=[SAM(rho=0.05)], ...)
     """
 
-    def __init__(self, rho: float = 0.05, epsilon: float = 1.0e-12, interval: int = 1) -> None:
+    def __init__(
+        self, rho: float = 0.05, epsilon: float = 1.0e-12, interval: int = 1, start: int | str = 0, **kwargs: Any
+    ) -> None:
         if _missing is not None:
             raise ImportError(
                 f"fastsam.composer.SAM needs MosaicML Composer, which can't be imported ({_missing}): pip install "
@@ -122,22 +130,50 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
         self.rho = rho
         self.epsilon = epsilon
         self.interval = interval
+        self.start: Any = _time(start) if isinstance(start, str) else check_start(start)
+        self.options = kwargs
 
     def __repr__(self) -> str:
-        return f"SAM(rho={self.rho}, epsilon={self.epsilon}, interval={self.interval})"
+        return f"SAM(rho={self.rho}, epsilon={self.epsilon}, interval={self.interval}, start={self.start})"
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether to run at this event: before a checkpoint is loaded, and after, in case that made new optimizers."""
-        return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD)
+        """Whether to run at this event: before a checkpoint is loaded, and after, in case that made new optimizers.
+
+        Where `start` is a time, also before each batch.
+        """
+        return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD) or (
+            event is Event.BATCH_START and not isinstance(self.start, int)
+        )
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> int | None:
         """Wraps what optimizers are not wrapped yet, and takes a loss scaler that serves closures."""
+        if event is Event.BATCH_START:
+            for optimizer in ensure_tuple(state.optimizers):
+                if isinstance(optimizer, SAMOptimizer):
+                    optimizer.start = 0 if self._has_come(state) else _NEVER
+            return None
+        start = self.start if isinstance(self.start, int) else _NEVER
         state.optimizers = tuple(
             optimizer
             if isinstance(optimizer, SAMOptimizer)
-            else SAMOptimizer(optimizer, self.rho, self.epsilon, self.interval)
+            else SAMOptimizer(optimizer, self.rho, self.epsilon, self.interval, start=start, **self.options)
             for optimizer in ensure_tuple(state.optimizers)
         )
         if not isinstance(state.scaler, ClosureGradScaler):
             state.scaler = ClosureGradScaler()
         return None
+
+    def _has_come(self, state: State) -> bool:
+        """Whether the time is `start`, or later."""
+        in_parts = self.start.unit == TimeUnit.DURATION
+        elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.start.unit)
+        return elapsed is not None and bool(elapsed >= self.start)
+
+
+def _time(start: str) -> Any:
+    try:
+        return Time.from_timestring(start)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"start must be a number of steps or one of Composer's time strings, as '0.7dur', but got {start!r}"
+        ) from error

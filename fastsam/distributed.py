@@ -41,7 +41,7 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if is_dtensor(t) else t
 
 
-def local_grad(p: Tensor, name: str) -> Tensor | None:
+def local_grad(p: Tensor, g: Tensor | None, name: str) -> Tensor | None:
     """The shard of p's gradient that belongs to the shard of p on this rank.
 
     A gradient that is placed otherwise than its parameter (partial sums, in sequence parallel layers) is brought to its
@@ -49,12 +49,12 @@ def local_grad(p: Tensor, name: str) -> Tensor | None:
 
     Args:
         p: a parameter.
-        name: what it is called in an error message.
+        g: its gradient, or what stands for it.
+        name: what p is called in an error message.
 
     Raises:
         TypeError: only one of parameter and gradient is a DTensor.
     """
-    g = p.grad
     if g is None:
         return None
     if is_dtensor(p) and is_dtensor(g):

@@ -14,9 +14,10 @@ from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
+from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import Shardings, is_dtensor, local, local_grad
 
-__all__ = ["Layout", "flatten_groups"]
+__all__ = ["Layout", "flatten_groups", "gradient_norm", "no_gradient_error"]
 
 Group = dict[str, Any]
 
@@ -28,12 +29,14 @@ class Layout:
 
     Args:
         backend: the name to ask every device's backend by; None for the default of each.
+        direction: what stands for the gradient of each parameter.
 
     Attributes:
         buckets: with the backend of each.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, direction: Direction = GRADIENT) -> None:
+        self.direction = direction
         self.buckets: list[tuple[backends.Backend, ParameterBucket]] = []
         self._backend = backend
         self._ascents: dict[torch.device, Ascent] = {}
@@ -52,21 +55,23 @@ class Layout:
             return ascent.norm
         return None
 
-    def measure(self, groups: list[Group]) -> None:
+    def measure(self, groups: list[Group]) -> bool:
         """Computes norm and scale from the gradients that are there. Writes to no parameter.
 
         Args:
             groups: the param groups, each with rho, epsilon and adaptive.
 
+        Returns:
+            Whether there are any, on one of the ranks; else there is nothing to `perturb` by.
+
         Raises:
-            RuntimeError: no parameter has a gradient.
             TypeError: a gradient or parameter of a kind that can't be perturbed.
             ValueError: an option out of range; a gradient that does not fit its parameter.
         """
         if (
             not self._knows(groups)
             or any(bucket.moved() for _, bucket in self.buckets)
-            or any(p.grad is not None for p in self._slotless)
+            or any(g is not None for g in map(self.direction.of, self._slotless))
         ):
             self._lay_out(groups)
             self._params = [list(group["params"]) for group in groups]
@@ -77,19 +82,20 @@ class Layout:
         sharded = len(self._shardings) > 1
         no_gradient = not any(g is not None for _, bucket in self.buckets for g in bucket.grads)
         if no_gradient and not sharded:
-            raise _no_gradient_error()
+            return False
         self._set_options(groups)
         alone = len(self.buckets) == 1 and not sharded
         for backend, bucket in self.buckets:
             backend.norm(bucket, self._ascents[bucket.device], alone)
         if alone:
-            return
+            return True
         if sharded or len(self._ascents) > 1:
             total = self._total()
-            # The other ranks wait for this one in the sum, so it takes part before it complains.
+            # The other ranks wait for this one in the sum, so it takes part first.
             if no_gradient and total == 0:
-                raise _no_gradient_error()
+                return False
         self._combine()
+        return True
 
     def rehearse(self, groups: list[Group]) -> bool:
         """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
@@ -102,9 +108,9 @@ class Layout:
             TypeError, ValueError: as `measure`.
         """
         params = [p for group in groups for p in group["params"]]
-        if all(p.grad is None for p in params) or any(map(capturing, {p.device for p in params})):
+        if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
             return False
-        trial = Layout(self._backend)
+        trial = Layout(self._backend, self.direction)
         trial._warned = self._warned
         trial._lay_out(groups)
         self._warned = trial._warned
@@ -180,7 +186,7 @@ class Layout:
         slotless = []
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
-                if p.grad is None and not (id(p) in slotted and p.requires_grad):
+                if self.direction.of(p) is None and not (id(p) in slotted and p.requires_grad):
                     slotless.append(p)
                     continue
                 name = parameter_name(group, i, j)
@@ -202,7 +208,9 @@ class Layout:
             for index, (sharding, entries) in enumerate(here):
                 params, indices, names = zip(*entries, strict=True)
                 sharding_of.append(sharding)
-                buckets.append((backend, ParameterBucket(params, indices, names, index, backend.chunk_size)))
+                buckets.append(
+                    (backend, ParameterBucket(params, indices, names, index, backend.chunk_size, self.direction))
+                )
         if any(bucket.grad_table.in_a_graph for _, bucket in self.buckets):
             self._in_graphs.append((self.buckets, self._ascents))
         self.buckets, self._ascents, self._slotless, self._options = buckets, ascents, slotless, None
@@ -219,8 +227,9 @@ class Layout:
         self._options = None
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
+        signed = rho if self.direction.sign > 0 else [-r for r in rho]
         for ascent in self._ascents.values():
-            ascent.set_groups(rho, epsilon, adaptive)
+            ascent.set_groups(signed, epsilon, adaptive)
         self._options = None if on_device else options
 
     def _total(self) -> Tensor:
@@ -255,7 +264,8 @@ class Layout:
             )
 
 
-def _no_gradient_error() -> RuntimeError:
+def no_gradient_error() -> RuntimeError:
+    """What an ascent along the gradient is refused by, where there is none."""
     return RuntimeError(
         "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure that computes "
         "the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
@@ -276,14 +286,14 @@ def gradient_norm(groups: list[Group]) -> Tensor:
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
             name = parameter_name(group, i, j)
-            if (g := local_grad(p, name)) is None:
+            if (g := local_grad(p, p.grad, name)) is None:
                 continue
             term = local(p).abs() * g if group["adaptive"] else g
             square = torch.linalg.vector_norm(term, dtype=torch.promote_types(term.dtype, torch.float32)).double() ** 2
             sums = sums or [square.new_zeros(()) for _ in range(len(shardings))]
             sums[shardings.index(p, name)] += square.to(sums[0].device)
     if not sums and len(shardings) == 1:
-        raise _no_gradient_error()
+        raise no_gradient_error()
     sums = sums or [torch.zeros((), dtype=torch.float64) for _ in range(len(shardings))]
     return shardings.reduce(sums).sqrt().float()
 

@@ -50,7 +50,7 @@ class SAMMixin:
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Lightning's hook: one step, of two passes or, where `interval` says so, of one.
+        """Lightning's hook: one step, of two passes or, on a plain step or along the momentum, of one.
 
         Args:
             epoch: not used.
@@ -81,6 +81,10 @@ class SAMMixin:
             sam._count_step()
 
     def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:
+        if sam.direction == "momentum" and sam.is_sam_step:
+            sam.first_step()  # in 16-mixed Lightning runs the closure before it calls the optimizer
+            step(partial(self._run, closure))
+            return
         if not sam.is_sam_step:
             step(partial(self._run, closure))
             return

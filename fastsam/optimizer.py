@@ -17,12 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastsam import amp, closures
-from fastsam.arguments import COUNTER, ContextFactory, bind, signature
+from fastsam.arguments import COUNTER, ContextFactory, bind, check_one_pass, signature
 from fastsam.closures import Closure, Passes
 from fastsam.compiler import compiled, uncompiled
+from fastsam.device import capturing
+from fastsam.direction import GRADIENT, Direction, keeps_other_state, momentum_of
 from fastsam.distributed import local
 from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients, after_zero_grad, around_step
-from fastsam.layout import Layout, flatten_groups, gradient_norm
+from fastsam.layout import Layout, flatten_groups, gradient_norm, no_gradient_error
 from fastsam.notices import tell_once
 from fastsam.wrapper import OptimizerWrapper, or_default
 
@@ -35,10 +37,10 @@ R = TypeVar("R")
 class _State:
     """All that changes while training, in one object: wrappers copy an optimizer's attributes and set their own."""
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, direction: Direction) -> None:
         self.perturbed = False
         self.perturbing = False
-        self.layout = Layout(backend)
+        self.layout = Layout(backend, direction)
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
         self.announced: PlainStep | None = None  # what first_step() returned False on
@@ -71,10 +73,10 @@ class FusedSAM(OptimizerWrapper):
 
         FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
                  first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
-                 start=0, **base_optimizer_kwargs)
+                 start=0, direction="gradient", **base_optimizer_kwargs)
         FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
                  first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
-                 start=0)
+                 start=0, direction="gradient")
 
     ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
     ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
@@ -101,6 +103,10 @@ class FusedSAM(OptimizerWrapper):
             Lightning and Composer; "auto": those that are there where a backward wrote them since the last step.
         start: the first step, counted from 0, that may be a SAM step; those before are plain. SAM in the last part of
             training finds flat minima too (arXiv 2410.10373): ``start=int(0.7 * steps)`` costs 1.3 times the base.
+        direction: "gradient"; or "momentum", Momentum-SAM (arXiv 2401.12033): e_w = -rho * v / (||v|| + epsilon) with
+            the base optimizer's own momentum v, ``momentum_buffer`` or ``exp_avg``. So a step has one gradient, at
+            w + e_w: `step(closure)` runs the closure once, and `first_step` comes before the only backward. Parameters
+            without momentum yet are not perturbed; the first step, where none has one, is plain.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
     Raises:
@@ -140,6 +146,7 @@ class FusedSAM(OptimizerWrapper):
         flatten_parameters: bool = False,
         closure_passes: str = "auto",
         start: int = 0,
+        direction: str = "gradient",
         **base_optimizer_kwargs: Any,
     ) -> None: ...
 
@@ -158,6 +165,7 @@ class FusedSAM(OptimizerWrapper):
         flatten_parameters: bool = False,
         closure_passes: str = "auto",
         start: int = 0,
+        direction: str = "gradient",
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -172,6 +180,7 @@ class FusedSAM(OptimizerWrapper):
                     "interval": arguments.interval,
                     "closure_passes": arguments.closure_passes,
                     "start": arguments.start,
+                    "direction": arguments.direction,
                 },
                 "first_pass_context": arguments.first_pass_context,
                 "grad_scaler": arguments.grad_scaler,
@@ -215,13 +224,13 @@ class FusedSAM(OptimizerWrapper):
 
         It may do with a part of the batch (m-sharpness, section 4.1 of the paper): the pass at w + e_w takes it whole.
         """
-        return self.is_sam_step and not self.perturbed
+        return self.direction == "gradient" and self.is_sam_step and not self.perturbed
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The global gradient norm of the last ascent: a 0-d tensor on the device, None before the first.
 
-        Without the loss scale, where `grad_scaler` is known; else with it.
+        Without the loss scale, where `grad_scaler` is known; else with it. The momentum's under direction="momentum".
         """
         norm, scale = self._state.layout.norm, self._state.loss_scale
         if norm is None:
@@ -240,35 +249,36 @@ class FusedSAM(OptimizerWrapper):
     @_disable_dynamo
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> bool:
-        """Saves w and climbs: w <- w + e_w, by the gradients that are there.
+        """Saves w and climbs: w <- w + e_w, by the gradients that are there, or by the momentum.
 
         Args:
             zero_grad: clear the gradients afterwards.
 
         Returns:
-            True; or False on a step that `interval` leaves plain: then nothing happened, the gradients are kept, and
-            `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the first.
+            True; or False on a plain step, as `start` and `interval` say: then nothing happened, the gradients are
+            kept, and `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the
+            first. With direction="momentum" the step's only gradient comes after this call, whatever it returns.
 
         Raises:
-            RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it.
+            RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it; or the
+                base optimizer's state has no momentum.
             TypeError: a gradient is sparse, or of another dtype than its parameter.
             ValueError: an option in a param group is out of range; a gradient does not fit its parameter.
         """
         self._require_idle("first_step()")
         self._complete_groups()
-        if not self.is_sam_step:
-            self._rehearse()
-            self._end_announcement()
-            self._state.announced = PlainStep(self._parameters())
-            return False
         try:
-            self._perturb()
-            if zero_grad:
+            climbed = self.is_sam_step and self._perturb()
+            if climbed and zero_grad:
                 self.zero_grad()
         except BaseException:
             self._restore()
             raise
-        return True
+        if not climbed:
+            self._rehearse()
+            self._end_announcement()
+            self._state.announced = PlainStep(self._parameters() if self.direction == "gradient" else ())
+        return climbed
 
     @_disable_dynamo
     def second_step(self, zero_grad: bool = False) -> None:
@@ -304,7 +314,7 @@ class FusedSAM(OptimizerWrapper):
                 or not at all. The gradients are cleared between the passes. After `first_step` it runs once.
 
         Returns:
-            The loss at w, where the closure computed it; else None.
+            The loss at w, where the closure computed it; else None. That at w + e_w with direction="momentum".
 
         Raises:
             RuntimeError: no closure, not perturbed, and this is a SAM step; or no gradient at w; or a GradScaler was
@@ -382,7 +392,8 @@ class FusedSAM(OptimizerWrapper):
         """
         passes = None if closure is None else self._passes(closure)
         if passes is None or passes.empty:
-            if not self._state.perturbed and self.is_sam_step:
+            plain = self.direction == "momentum" and self._state.announced is not None
+            if not self._state.perturbed and self.is_sam_step and not plain:
                 raise RuntimeError(
                     "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
                     "the gradients again before step() or second_step(), or pass step() a closure"
@@ -399,6 +410,8 @@ class FusedSAM(OptimizerWrapper):
                 "backward and scaler.step(sam)"
             )
         self._check_lost()
+        if self.direction == "momentum":
+            return self._run_only_pass(passes)
         loss, taken = None, False
         if not self._state.perturbed:
             is_sam_step = self.is_sam_step
@@ -415,9 +428,24 @@ class FusedSAM(OptimizerWrapper):
             self._perturb()
             self.zero_grad()
         loss_above = self._call_above(passes.above) if taken else self._call(passes.above)
+        self._check_still_perturbed()
+        return loss, not (passes.by_trainer and loss_above is None)
+
+    def _run_only_pass(self, passes: Passes) -> tuple[Any, bool]:
+        """As `_run`, along the momentum: the closure runs once, where that leads."""
+        check_one_pass(self.closure_passes, self.first_pass_context)
+        climbed = self._state.perturbed
+        if not climbed and self.is_sam_step and self._perturb():
+            climbed = True
+            self.zero_grad()  # those at w, of a loop that was written for SAM
+        loss = self._call(passes.plain)
+        if climbed:
+            self._check_still_perturbed()
+        return loss, not (passes.by_trainer and loss is None)
+
+    def _check_still_perturbed(self) -> None:
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
-        return loss, not (passes.by_trainer and loss_above is None)
 
     def _rehearse(self) -> None:
         """Meets on the first plain step what a SAM step would refuse: `start` must not fail at 70 % of a run."""
@@ -445,11 +473,13 @@ class FusedSAM(OptimizerWrapper):
                 "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
                 "sam.is_sam_step before the second pass"
             )
-        if state.perturbed and all(p.grad is None for group in self.param_groups for p in group["params"]):
+        momentum = self.direction == "momentum"
+        if (state.perturbed or momentum) and all(p.grad is None for p in self._parameters()):
             tell_once(
                 "no second gradient",
                 "second_step() found no gradient, so the base optimizer has nothing to step by: after "
-                "first_step(zero_grad=True) compute the loss and call backward() again, at w + e_w",
+                "first_step(zero_grad=True) compute the loss and call backward() "
+                + ("whatever it returned, with direction='momentum'" if momentum else "again, at w + e_w"),
             )
 
     def _check_lost(self) -> None:
@@ -511,15 +541,23 @@ class FusedSAM(OptimizerWrapper):
         finally:
             self._state.clippable = False
 
-    def _perturb(self) -> None:
+    def _perturb(self) -> bool:
+        """Climbs; returns False where there is no momentum yet to climb along."""
         state = self._state
         amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
+        there = False
         try:
-            state.layout.measure(self.param_groups)
-        except BaseException:
-            state.layout.release()
-            raise
-        state.loss_scale = amp.loss_scale(self.grad_scaler)
+            there = state.layout.measure(self.param_groups)
+        finally:
+            if not there:
+                state.layout.release()
+        if self.direction == "momentum":
+            self._check_momentum(there)
+        elif not there:
+            raise no_gradient_error()
+        if not there:
+            return False
+        state.loss_scale = amp.loss_scale(self.grad_scaler) if self.direction == "gradient" else None
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
         # Buckets know themselves how far perturb got.
         state.perturbing = state.perturbed = True
@@ -536,6 +574,32 @@ class FusedSAM(OptimizerWrapper):
         state.witness = state.layout.witness()
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
+        return True
+
+    def _check_momentum(self, there: bool) -> None:
+        """Looks at a step along the momentum, which is or isn't there: it must not stay plain in silence."""
+        state, params, name = self._state, self._parameters(), type(self.base_optimizer).__name__
+        if there:
+            if not state.watched and state.stale.any_fresh(params):
+                tell_once(
+                    "a gradient at w",
+                    "direction='momentum' needs no gradient at w, but a backward ran before first_step() or "
+                    "step(closure): leave it out, and compute the only gradient of a step at w + e_w",
+                )
+            state.watched = True
+        elif keeps_other_state(self.base_optimizer, params):
+            raise RuntimeError(
+                f"direction='momentum' finds neither momentum_buffer nor exp_avg in the state of {name}: use "
+                "torch.optim.SGD(..., momentum=0.9), Adam or AdamW as the base optimizer, or direction='gradient'"
+            )
+        elif any(map(capturing, {p.device for p in params})):
+            raise RuntimeError("there is no momentum yet, and a CUDA graph is being captured: take a step before")
+        elif self._steps > 0:
+            tell_once(
+                "no momentum",
+                f"direction='momentum' finds no momentum yet, after {self._steps} steps, so this one is plain. That is "
+                f"right where a GradScaler skipped them; else {name} does not keep its momentum in its state",
+            )
 
     @torch.no_grad()  # an exception may come from where gradients are enabled
     def _restore(self) -> None:
@@ -565,7 +629,8 @@ class FusedSAM(OptimizerWrapper):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _start(self) -> None:
-        state = self._state = _State(self._backend)
+        direction = momentum_of(self.base_optimizer) if self.direction == "momentum" else GRADIENT
+        state = self._state = _State(self._backend, direction)
         after_zero_grad(self.base_optimizer, self._after_zero_grad)
         around_step(self.base_optimizer, self._before_base_step, self._after_base_step)
         if self.closure_passes != "one":

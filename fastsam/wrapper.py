@@ -18,6 +18,7 @@ from fastsam.arguments import (
     ContextFactory,
     check_group,
     check_interval,
+    check_one_pass,
     check_options,
     check_passes,
     check_start,
@@ -155,7 +156,15 @@ class OptimizerWrapper(Optimizer):
 
     @closure_passes.setter
     def closure_passes(self, closure_passes: str) -> None:
-        self._settings["closure_passes"] = check_passes(closure_passes)
+        closure_passes = check_passes(closure_passes)
+        if self.direction == "momentum":
+            check_one_pass(closure_passes, None)
+        self._settings["closure_passes"] = closure_passes
+
+    @property
+    def direction(self) -> str:
+        """What the ascent climbs along, "gradient" or "momentum"; as given at construction."""
+        return cast(str, self._settings["direction"])
 
     def _option(self, name: str) -> Any:
         self._complete_groups()

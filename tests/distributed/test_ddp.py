@@ -107,6 +107,62 @@ def test_replicas_stay_equal_when_each_climbs_by_its_own_gradient(world_size, ba
     on_ranks(world_size, check_replicas, base, {option: True} if option else {})
 
 
+def check_momentum(base: str, options: dict[str, object]) -> None:
+    """One gradient a step, all ranks'; the replicas climb alike, along a momentum that is the same on all."""
+    model = DistributedDataParallel(make_model(), static_graph=bool(options.pop("static_graph", False)))
+    reductions = count_reductions(model)
+    optimizer, own = BASES[base]
+    sam = FusedSAM(model.parameters(), optimizer, rho=RHO, direction="momentum", **own, **options)
+    twin = make_model()
+    plain = FusedSAM(twin.parameters(), optimizer, rho=RHO, direction="momentum", **own, **options)
+    world = dist.get_world_size()
+    everyone = [batches(10, rank) for rank in range(world)]
+    for k, batch in enumerate(batches(10, dist.get_rank())):
+        train(sam, model, [batch])
+        train(plain, twin, [tuple(torch.cat([data[k][i] for data in everyone]) for i in range(2))])
+    assert_same_bits(flat(list(model.parameters())))
+    assert reductions[0] == 10, reductions
+    torch.testing.assert_close(flat(list(model.parameters())), flat(list(twin.parameters())), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "options", [{}, {"adaptive": True}, {"start": 4, "interval": 2}, {"static_graph": True}], ids=str
+)
+def test_along_the_momentum(base, options):
+    on_ranks(2, check_momentum, base, dict(options))
+
+
+def check_late(static_graph: bool) -> None:
+    """Plain steps before `start`, synchronised; then each rank climbs by its own gradient."""
+    model = DistributedDataParallel(make_model(dtype=torch.float64), static_graph=static_graph)
+    reductions = count_reductions(model)
+    optimizer, own = BASES["momentum"]
+    sam = FusedSAM(model.parameters(), optimizer, rho=RHO, first_pass_context=model.no_sync, start=6, **own)
+    twin = make_model(dtype=torch.float64)
+    base = optimizer(twin.parameters(), **own)
+    everyone = [batches(6, rank, torch.float64) for rank in range(dist.get_world_size())]
+    for k, batch in enumerate(batches(6, dist.get_rank(), torch.float64)):
+        train(sam, model, [batch])
+        base.zero_grad()
+        loss_of(twin, tuple(torch.cat([data[k][i] for data in everyone]) for i in range(2))).backward()
+        base.step()
+    assert_same_bits(flat(list(model.parameters())))
+    torch.testing.assert_close(flat(list(model.parameters())), flat(list(twin.parameters())), rtol=1e-9, atol=1e-12)
+    assert reductions[0] == 6
+    train(sam, model, batches(4, 10 + dist.get_rank(), torch.float64))
+    assert_same_bits(flat(list(model.parameters())))
+    assert reductions[0] == 10
+    norms = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(norms, sam.grad_norm)
+    assert len({n.item() for n in norms}) == dist.get_world_size()
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_late_sam(static_graph):
+    on_ranks(2, check_late, static_graph)
+
+
 def check_m_sharpness(interval: int, infinite_rank: int | None) -> None:
     """Against one process that computes every rank's ascent in turn; in fp64, to compare closely."""
     rank, world_size, steps = dist.get_rank(), dist.get_world_size(), 9

@@ -134,6 +134,48 @@ def test_every_backend_equals_one_unsharded_process_in_fp32(backend):
     on_ranks(4, check_equals_unsharded, "4", "adamw", True, torch.float32, backend)
 
 
+def check_momentum_and_start(shape: str, base: str, adaptive: bool) -> None:
+    """Against one process with the whole model; its Momentum-SAM is checked in test_momentum.py."""
+    options = {"adaptive": adaptive, "direction": "momentum", "start": 2}
+    model = shard(make_model(), make_mesh(shape))
+    sam = make_sam(model, base, **options)
+    twin = make_model()
+    plain = make_sam(twin, base, **options)
+    for step in range(10):
+        for one, m, data in ((sam, model, batch(step, dist.get_rank())), (plain, twin, union(step))):
+            assert one.first_step() is (step >= 2)
+            loss_of(m, data).backward()
+            one.second_step(zero_grad=True)
+        torch.testing.assert_close(full(model), flat(list(twin.parameters())), rtol=1e-9, atol=1e-9)
+    assert_same_bits(sam.grad_norm)
+    torch.testing.assert_close(sam.grad_norm, plain.grad_norm, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("base", "adaptive"), [("momentum", False), ("adamw", True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_along_the_momentum(shape, base, adaptive):
+    on_ranks(world_size(shape), check_momentum_and_start, shape, base, adaptive)
+
+
+def check_late(shape: str) -> None:
+    model = shard(make_model(), make_mesh(shape))
+    sam = make_sam(model, "momentum", start=3)
+    plain_model, plain = make_plain("momentum")
+    for step in range(6):
+        loss_of(model, batch(step, dist.get_rank())).backward()
+        if sam.first_step(zero_grad=True):
+            loss_of(model, batch(step, dist.get_rank())).backward()
+        sam.second_step(zero_grad=True)
+        loss = functools.partial(loss_of, plain_model, union(step))
+        plain.step(plain.gradients(loss()) if step < 3 else plain.gradients_above(loss))
+        torch.testing.assert_close(full(model), flat(plain.params), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", ["2", "2x2"])
+def test_late_sam(shape):
+    on_ranks(world_size(shape), check_late, shape)
+
+
 def check_step_in_detail(shape: str, options: dict[str, object], forward_dtype: torch.dtype) -> None:
     """Perturbs every shard by Eq. 2 and the whole norm, with one all-reduce of one number; restores to the bit."""
     model = shard(make_model(torch.float32), make_mesh(shape), **options)

@@ -76,6 +76,7 @@ def train_by_hand(
     ranks: int = 1,
     dtype: torch.dtype = torch.float64,
     autocast: bool = False,
+    start: int = 0,
 ) -> nn.Module:
     """SAM around SGD in plain torch; a step is a list of micro-batches, their losses are summed and divided."""
     model = make_model(dtype)
@@ -91,7 +92,8 @@ def train_by_hand(
                 total = total + nn.functional.cross_entropy(logits.to(dtype), y)
             return total / divisor
 
-        gradients = sam.gradients_above(loss) if (k + 1) % interval == 0 else sam.gradients(loss())
+        is_sam_step = k >= start and (k + 1) % interval == 0
+        gradients = sam.gradients_above(loss) if is_sam_step else sam.gradients(loss())
         base.param_groups[0]["lr"] = LR * GAMMA ** (k * ranks)
         norm = flat(gradients).norm()
         sam.step([g * (clip / (norm + 1e-6)).clamp(max=1) for g in gradients])
@@ -119,6 +121,54 @@ def test_two_calls(accumulated: int, interval: int) -> None:
     assert len(steps) == sam.param_groups[0]["sam_step"] == {1: 18, 2: 10}[accumulated]
     expected = train_by_hand(steps, accumulated, interval, CLIP)
     assert_close(copies(model.parameters()), expected)
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+def test_late_sam(form: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, sam, scheduler, loader = prepare(accelerator, start=5, interval=2)
+    if form == "two calls":
+        for batch in loader:
+            one_step(model, sam, scheduler, batch)
+    else:
+        losses = train_by_closure(accelerator, model, sam, scheduler, loader)
+        assert len(losses) == 9 + 2
+    assert_close(copies(model.parameters()), train_by_hand(windows(36, 1), interval=2, start=5))
+
+
+@pytest.mark.parametrize(("form", "accumulated"), [("two calls", 1), ("two calls", 2), ("closure", 1)])
+def test_along_the_momentum(form: str, accumulated: int) -> None:
+    """first_step() comes before the first backward of a window; against the same loop without Accelerate."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    model, sam, scheduler, loader = prepare(accelerator, direction="momentum")
+    if form == "closure":
+        train_by_closure(accelerator, model, sam, scheduler, loader)
+    else:
+        for i, batch in enumerate(loader):
+            with accelerator.accumulate(model):
+                if i % accumulated == 0:
+                    assert sam.optimizer.first_step() is (i > 0)
+                accelerator.backward(loss_of(model, batch))
+                sam.step()
+                scheduler.step()
+                sam.zero_grad()
+    twin = make_model()
+    plain = FusedSAM(twin.parameters(), torch.optim.SGD, rho=RHO, lr=LR, momentum=0.9, direction="momentum")
+    for k, window in enumerate(windows(36, accumulated)):
+        plain.param_groups[0]["lr"] = LR * GAMMA**k
+        plain.first_step()
+        for batch in window:
+            (loss_of(twin, batch) / accumulated).backward()
+        plain.second_step(zero_grad=True)
+    assert_close(copies(model.parameters()), twin)
+
+
+def test_along_the_momentum_step_without_first_step_says_what_to_do() -> None:
+    accelerator = Accelerator(cpu=True)
+    model, sam, _, loader = prepare(accelerator, direction="momentum")
+    accelerator.backward(loss_of(model, next(iter(loader))))
+    with pytest.raises(RuntimeError, match="call first_step"):
+        sam.step()
 
 
 @pytest.mark.parametrize("interval", [1, 2])

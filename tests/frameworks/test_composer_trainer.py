@@ -94,7 +94,9 @@ def test_the_signature_is_composers(name):
         found = inspect.signature(getattr(module, name)).parameters.values()
         return [(p.name, p.kind, p.default) for p in found]
 
-    assert parameters(ours) == parameters(theirs)
+    expected = parameters(theirs)
+    assert parameters(ours)[: len(expected)] == expected
+    assert {name for name, _, _ in parameters(ours)[len(expected) :]} <= {"start", "kwargs"}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -110,6 +112,52 @@ def test_it_trains_as_composers_sam(base, rho, interval, microbatch):
     with pytest.raises(AssertionError):
         assert_same_training(a, plain, **FP32)
     assert a.optimizer.global_step == options["batches"]
+
+
+@pytest.mark.parametrize("start", [8, "8ba", "0.66dur"])
+def test_start(start):
+    """From step 8 of 12 on: before it plain steps, from it on SAM steps."""
+    late = Run(ours.SAM(0.1, start=start))
+    assert late.losses[:8] == Run().losses[:8]
+    wrapped = Run(wrap=lambda base: ours.SAMOptimizer(base, 0.1, start=8))
+    assert_same_training(late, wrapped, rtol=0, atol=0)
+    for other in (Run(), Run(ours.SAM(0.1)), Run(ours.SAM(0.1, start=9))):
+        with pytest.raises(AssertionError):
+            assert_same_training(late, other, **FP32)
+
+
+@pytest.mark.parametrize("start", ["soon", "-1", "0.7"])
+def test_a_start_that_is_no_time(start):
+    with pytest.raises(ValueError, match="time strings"):
+        ours.SAM(start=start)
+
+
+def test_momentum():
+    """One gradient a step, at w~, whose loss is the one that is logged; against Momentum-SAM by hand."""
+    run = Run(ours.SAM(0.1, direction="momentum"))
+    model = copy.deepcopy(run.start)
+    base = BASES["SGD"](model.parameters())
+    x, y = digits()
+    losses = []
+    for i in range(12):
+        w = copies(model.parameters())
+        v = [base.state[p].get("momentum_buffer") for p in model.parameters()]
+        if i:
+            norm = torch.stack([t.norm() for t in v]).norm()
+            with torch.no_grad():
+                for p, t in zip(model.parameters(), v, strict=True):
+                    p.sub_(0.1 / norm * t)
+        base.zero_grad()
+        batch = x[BATCH * i : BATCH * (i + 1)], y[BATCH * i : BATCH * (i + 1)]
+        loss = model.loss(model(batch), batch)
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p, t in zip(model.parameters(), w, strict=True):
+                p.copy_(t)
+        base.step()
+    torch.testing.assert_close(run.weights, copies(model.parameters()), **FP32)
+    torch.testing.assert_close(run.losses, losses, **FP32)
 
 
 def test_the_optimizer_may_be_wrapped_beforehand():

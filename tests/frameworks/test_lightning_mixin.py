@@ -25,6 +25,7 @@ from tests.frameworks.trainer import (
     fit,
     fp16,
     loader,
+    momentum_by_hand,
     plain,
     trainer,
 )
@@ -130,6 +131,58 @@ def test_16_mixed(interval: int, algorithm: str | None, tmp_path: Path) -> None:
     options = {} if algorithm is None else {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
     run = fit(module, tmp_path, plugins=fp16(), **options)
     assert_close(run.weights, expected, 1e-3)
+    assert run.steps == list(range(1, BATCHES * EPOCHS + 1))
+
+
+@pytest.mark.parametrize("kind", [Module, MixedModule])
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_along_the_momentum(kind: type[Module], start: int, clipped: bool, tmp_path: Path) -> None:
+    """training_step runs once a step, at w + e_w; nothing needs the mixin but 16-mixed."""
+
+    def clip(gradients: list[Tensor]) -> None:
+        for g in gradients:
+            g.clamp_(-0.01, 0.01)
+
+    module = kind(direction="momentum", start=start)
+    expected, _ = momentum_by_hand(module, start, clip if clipped else None)
+    options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"} if clipped else {}
+    run = fit(module, tmp_path, **options)
+    assert_close(run.weights, expected)
+    assert run.steps == list(range(1, BATCHES * EPOCHS + 1))
+
+
+def test_along_the_momentum_in_16_mixed(tmp_path: Path) -> None:
+    module = MixedModule(direction="momentum")
+    expected, _ = momentum_by_hand(module, autocast=FP16)
+    run = fit(module, tmp_path, plugins=fp16())
+    assert_close(run.weights, expected, 1e-3)
+    assert run.steps == list(range(1, BATCHES * EPOCHS + 1))
+
+
+def test_along_the_momentum_each_batch_is_logged_once(tmp_path: Path) -> None:
+    module = Once(direction="momentum")
+    logged = Logged()
+    fit(module, tmp_path, logged)
+    assert len(module.losses) == BATCHES * EPOCHS
+    torch.testing.assert_close(logged.steps, module.losses, rtol=0, atol=0)
+    assert module.layers[1].num_batches_tracked == BATCHES * EPOCHS
+
+
+def test_along_the_momentum_16_mixed_without_the_mixin_is_an_error(tmp_path: Path) -> None:
+    module = Module(direction="momentum")
+    start = flat(module.parameters())
+    with pytest.raises(RuntimeError, match=r"fastsam\.lightning\.SAMMixin"):
+        fit(module, tmp_path, plugins=fp16())
+    assert same_bits([flat(module.parameters())], [start])
+
+
+@pytest.mark.parametrize("kind", [Module, MixedModule])
+def test_late_sam(kind: type[Module], tmp_path: Path) -> None:
+    module = kind(start=7)
+    expected = plain(module, start=7)
+    run = fit(module, tmp_path)
+    assert_close(run.weights, expected)
     assert run.steps == list(range(1, BATCHES * EPOCHS + 1))
 
 

@@ -139,8 +139,13 @@ def train_by_hand(
     task: str = "masked",
     interval: int = 1,
     adaptive: bool = False,
+    start: int = 0,
+    direction: str = "gradient",
 ) -> list[float]:
-    """SAM around AdamW in plain torch, over the same micro-batches with the same dropout; gives the losses at w."""
+    """SAM around AdamW in plain torch, over the same micro-batches with the same dropout; gives the losses at w.
+
+    Along the momentum those at w + e_w.
+    """
     params = list(model.parameters())
     model.train()
     decayed = [p for p in params if p.ndim > 1]  # neither biases nor LayerNorm's weights
@@ -156,7 +161,18 @@ def train_by_hand(
             at_w.append(loss_by_hand(model, window, task))
             return at_w[-1]
 
-        gradients = sam.gradients_above(loss) if (k + 1) % interval == 0 else sam.gradients(loss())
+        is_sam_step = k >= start and (k + 1) % interval == 0
+        if direction == "momentum":
+            w = [p.detach().clone() for p in params]
+            v = [base.state[p]["exp_avg"] for p in params] if is_sam_step and k else [torch.zeros(1)]
+            if is_sam_step and k:
+                for p, t in zip(params, v, strict=True):
+                    p.data.sub_(RHO / flat(v).norm() * t)
+            gradients = sam.gradients(loss())
+            for p, t in zip(params, w, strict=True):
+                p.data.copy_(t)
+        else:
+            gradients = sam.gradients_above(loss) if is_sam_step else sam.gradients(loss())
         norm = flat(gradients).norm()
         factor = LR * (k / WARMUP if k < WARMUP else (len(steps) - k) / (len(steps) - WARMUP))
         for group in base.param_groups:
@@ -185,8 +201,21 @@ CHECKPOINTING = next(  # Transformers 5.17 knows the second alone
         ("masked", {"interval": 2}, 2, False),
         ("masked", {"adaptive": True}, 2, False),
         ("masked", {}, 3, True),
+        ("masked", {"start": 3}, 2, False),
+        ("masked", {"direction": "momentum"}, 1, False),
+        ("causal", {"direction": "momentum", "start": 2}, 2, False),
     ],
-    ids=["no accumulation", "accumulation", "num_items_in_batch", "interval", "adaptive", "gradient checkpointing"],
+    ids=[
+        "no accumulation",
+        "accumulation",
+        "num_items_in_batch",
+        "interval",
+        "adaptive",
+        "gradient checkpointing",
+        "start",
+        "momentum",
+        "momentum with start",
+    ],
 )
 def test_same_trajectory_as_by_hand(
     task: str, options: dict[str, Any], accumulated: int, checkpointing: bool, tmp_path: Path

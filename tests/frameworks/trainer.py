@@ -126,6 +126,7 @@ def plain(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     scheduler: Callable[[Any], Any] | None = None,
     every: int = 1,
+    start: int = 0,
 ) -> list[Tensor]:
     """The weights after every step of SAM as plain torch has it, from where the module is now.
 
@@ -136,6 +137,7 @@ def plain(
         autocast: a context for the forward pass.
         scheduler: made from the optimizer.
         every: after how many steps the scheduler steps.
+        start: the first step that may be a SAM step.
     """
     layers = copy.deepcopy(module.layers)
     base = module.base(layers.parameters())
@@ -148,7 +150,8 @@ def plain(
             with autocast():
                 return nn.functional.cross_entropy(layers(x), y)
 
-        gradients = sam.gradients_above(loss) if (step + 1) % interval == 0 else sam.gradients(loss())
+        is_sam_step = step >= start and (step + 1) % interval == 0
+        gradients = sam.gradients_above(loss) if is_sam_step else sam.gradients(loss())
         if clip is not None:
             clip(gradients)
         sam.step(gradients)
@@ -161,3 +164,37 @@ def plain(
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 2e-5) -> None:
     assert len(actual) == len(expected)
     torch.testing.assert_close(torch.stack(actual), torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+def momentum_by_hand(
+    module: Module,
+    start: int = 0,
+    clip: Callable[[list[Tensor]], object] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights after every step of Momentum-SAM in plain torch, and the losses at w + e_w; as `plain`."""
+    layers = copy.deepcopy(module.layers)
+    params = list(layers.parameters())
+    base = module.base(params)
+    weights, losses = [], []
+    for step, (x, y) in enumerate(list(loader()) * EPOCHS):
+        w = [p.detach().clone() for p in params]
+        if step >= max(start, 1):
+            v = [base.state[p]["momentum_buffer"] for p in params]
+            norm = flat(v).norm()
+            with torch.no_grad():
+                for p, t in zip(params, v, strict=True):
+                    p.sub_(RHO / norm * t)
+        with autocast():
+            loss = nn.functional.cross_entropy(layers(x), y)
+        gradients = list(torch.autograd.grad(loss, params))
+        if clip is not None:
+            clip(gradients)
+        with torch.no_grad():
+            for p, t, g in zip(params, w, gradients, strict=True):
+                p.copy_(t)
+                p.grad = g
+        base.step()
+        losses.append(loss.detach())
+        weights.append(flat(params))
+    return weights, losses

@@ -53,6 +53,7 @@ def test_the_signature_is_the_first_form():
         "flatten_parameters",
         "closure_passes",
         "start",
+        "direction",
     ]
     assert list(parameters)[-1] == "base_optimizer_kwargs"
     assert parameters["interval"].annotation is int  # evaluated, not a string
