@@ -362,17 +362,17 @@ class ParameterBucket:
         if g.dtype is not w.dtype:
             raise TypeError(
                 f"the {noun} of {name} is {g.dtype} but the parameter is {w.dtype}; "
-                f"convert one of them, or clear the {noun} after converting the model"
+                f"convert one of them, or clear the {noun}s after converting the model"
             )
         if g.device != w.device:
             raise ValueError(
                 f"the {noun} of {name} is on {g.device} but the parameter is on {w.device}; "
-                f"clear the {noun} after moving the model"
+                f"clear the {noun}s after moving the model"
             )
         if g.shape != w.shape:
             raise ValueError(
                 f"the {noun} of {name} has shape {tuple(g.shape)} but the parameter has {tuple(w.shape)}; "
-                f"clear the {noun} after changing the parameter"
+                f"clear the {noun}s after changing the parameter"
             )
         if not g.is_neg() and all(n == 1 or a == b for n, a, b in zip(g.shape, g.stride(), w.stride(), strict=True)):
             # Equal but for dimensions of size 1, whose strides mean nothing: expect these from now on.
