@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../arguments.h"
@@ -95,8 +96,9 @@ void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t
   const torch::stable::accelerator::DeviceGuard guard(chunks.get_device_index());
   const Bucket bucket = bucket_of(chunks, weights, grads);
   // How many chunks a block takes depends on their number alone: the same sums in the same order on every GPU.
-  const int64_t per_block = bucket.n_chunks <= kMostBlocks ? 1 : (bucket.n_chunks + kMostBlocks - 1) / kMostBlocks;
-  const int64_t blocks = bucket.n_chunks == 0 ? 1 : (bucket.n_chunks + per_block - 1) / per_block;
+  const int64_t blocks = std::clamp<int64_t>(bucket.n_chunks, 1, kMostBlocks);
+  const int32_t per_block = static_cast<int32_t>(bucket.n_chunks / blocks);
+  const int32_t longer = static_cast<int32_t>(bucket.n_chunks % blocks);
   STD_TORCH_CHECK(index >= 0, "fastsam: index must be >= 0");
   double* square_sum = data_on<double>(chunks, square_sums, ScalarType::Double, index + 1, "square_sums") + index;
   double* sums = data_on<double>(chunks, partials, ScalarType::Double, blocks, "partials");
@@ -106,7 +108,7 @@ void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t
   dispatch(dtype, [&]<typename T>() {
     dispatch_ascent(norm.scalar_type(), [&]<typename A>() {
       norm_kernel<T, A><<<static_cast<uint32_t>(blocks), kThreads, 0, stream_of(chunks)>>>(
-          bucket, static_cast<int32_t>(per_block), a, sums, count, flag, square_sum, last,
+          bucket, per_block, longer, a, sums, count, flag, square_sum, last,
           scales_of<A>(rho, epsilon, norm, scale));
     });
   });

@@ -211,13 +211,16 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
 }
 
 // The sum of squares of a bucket; where `last`, also norm and scales. A thread sums a chunk in the dtype's arithmetic,
-// and chunks in fp64: equal gradients would otherwise all round in one direction.
+// and chunks in fp64: equal gradients would otherwise all round in one direction. A block takes `per_block` chunks in a
+// row, the first `longer` blocks one more.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(const Bucket bucket, const int32_t per_block, const int32_t* adaptive, double* partials,
-                uint32_t* counter, int32_t* saved, double* square_sum, const bool last, const Scales<A> out) {
-  const int32_t first = blockIdx.x * per_block;
-  const int32_t end = min(first + per_block, bucket.n_chunks);
+    norm_kernel(const Bucket bucket, const int32_t per_block, const int32_t longer, const int32_t* adaptive,
+                double* partials, uint32_t* counter, int32_t* saved, double* square_sum, const bool last,
+                const Scales<A> out) {
+  const int32_t block = static_cast<int32_t>(blockIdx.x);
+  const int32_t first = block * per_block + min(block, longer);
+  const int32_t end = first + per_block + (block < longer ? 1 : 0);
   double sum = 0;
   for (int32_t i = first; i < end; ++i) {
     const Chunk c = bucket.chunks[i];

@@ -124,11 +124,11 @@ def _write_scale(square_sum, rho, epsilon, n_groups, norm, scale):
         tl.store(scale + k, tl.where(total < float("inf"), s, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "per_program", "index", "n_groups"])
+@triton.jit(do_not_specialize=["per_program", "longer", "index", "n_groups"])
 def _norm(
     chunks,
-    n_chunks,
     per_program,
+    longer,
     weights,
     grads,
     adaptive,
@@ -155,8 +155,8 @@ def _norm(
     # fp32 within a chunk, fp64 across chunks: equal gradients would otherwise all round in one direction.
     sums = tl.zeros((BLOCK // VEC,), tl.float64)
     edge_sums = tl.zeros((EDGE,), tl.float64)
-    first = pid * per_program
-    for j in range(tl.minimum(per_program, n_chunks - first)):
+    first = pid * per_program + tl.minimum(pid, longer)
+    for j in range(per_program + (pid < longer).to(tl.int32)):
         slot, n, group, offset, _ = _chunk(chunks, first + j)
         g = tl.load(grads + slot)
         # Not a branch, below which the compiler would sink the loads of offset and length: they would wait for g first.
@@ -313,12 +313,13 @@ def chunk_size(numel: int) -> int:
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     n_chunks = len(bucket.chunks)
-    per_program = max(1, triton.cdiv(n_chunks, MOST_PROGRAMS))
+    # By the number of chunks alone: the same sums in the same order on every GPU. The first programs take one more.
+    programs = min(max(n_chunks, 1), MOST_PROGRAMS)
     with _on(bucket.device):
-        _norm[(max(1, triton.cdiv(n_chunks, per_program)),)](
+        _norm[(programs,)](
             bucket.chunks,
-            n_chunks,
-            per_program,
+            n_chunks // programs,
+            n_chunks % programs,
             bucket.weight_table.tensor,
             bucket.grad_table.tensor,
             ascent.adaptive,

@@ -60,9 +60,9 @@ def is_fp64(ascent):
 
 
 def norm(bucket, ascent, finish):
-    per_block = max(1, -(-len(bucket.chunks) // MOST_BLOCKS))
+    blocks = min(max(len(bucket.chunks), 1), MOST_BLOCKS)
     sums = bucket.partials, bucket.counter, bucket.saved, ascent.square_sums[bucket.index :]
-    arguments = *bucket_arguments(bucket), per_block, ascent.adaptive, *sums, finish, *scalars(ascent)
+    arguments = *bucket_arguments(bucket), blocks, ascent.adaptive, *sums, finish, *scalars(ascent)
     call("norm", DTYPES[bucket.dtype], is_fp64(ascent), *arguments)
 
 

@@ -34,8 +34,8 @@ def variants():
             form = "asam" if adaptive else "sam"
             signature = {
                 "chunks": "*i64",
-                "n_chunks": "i32",
                 "per_program": "i32",
+                "longer": "i32",
                 "weights": "*i64",
                 "grads": "*i64",
                 "adaptive": "*i32",

@@ -34,15 +34,14 @@ Scales<A> scales_of(void* rho, void* epsilon, int groups, void* norm, void* scal
 
 }  // namespace
 
-extern "C" void norm(int dtype, bool fp64, Chunk* chunks, int n_chunks, int64_t* weights, int64_t* grads, int per_block,
+extern "C" void norm(int dtype, bool fp64, Chunk* chunks, int n_chunks, int64_t* weights, int64_t* grads, int blocks,
                      int32_t* adaptive, double* partials, uint32_t* counter, int32_t* saved, double* square_sum,
                      bool last, void* rho, void* epsilon, int groups, void* out, void* scale) {
-  const uint32_t blocks = n_chunks == 0 ? 1 : (n_chunks + per_block - 1) / per_block;
   dispatch(dtype, [&]<typename T>() {
     dispatch_ascent(fp64, [&]<typename A>() {
       emulator::launch(blocks, kThreads, [&] {
-        norm_kernel<T, A>({chunks, n_chunks, weights, grads}, per_block, adaptive, partials, counter, saved, square_sum,
-                          last, scales_of<A>(rho, epsilon, groups, out, scale));
+        norm_kernel<T, A>({chunks, n_chunks, weights, grads}, n_chunks / blocks, n_chunks % blocks, adaptive, partials,
+                          counter, saved, square_sum, last, scales_of<A>(rho, epsilon, groups, out, scale));
       });
     });
   });
