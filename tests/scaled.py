@@ -1,4 +1,4 @@
-"""Training with a GradScaler, the real one, on CPU: both of FusedSAM's forms, and plain torch with SAM written out."""
+"""Training with a GradScaler, the real one: both of FusedSAM's forms, and plain torch with SAM written out."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,22 +25,22 @@ NAMES = ["sgd", "sgd fused", "adamw", "adamw fused"]
 Planted = Callable[[list[Tensor]], None]
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+def make_model(dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).to(device, dtype)
 
 
-def batches(n: int = STEPS, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(n: int = STEPS, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(n):
         yield (
-            torch.randn(16, 6, generator=generator).to(dtype),
-            torch.randint(3, (16,), generator=generator),
+            torch.randn(16, 6, generator=generator).to(device, dtype),
+            torch.randint(3, (16,), generator=generator).to(device),
         )
 
 
-def make_scaler(**kwargs: float) -> GradScaler:
-    return GradScaler("cpu", **{"init_scale": SCALE, "growth_interval": 2, **kwargs})
+def make_scaler(device: str = "cpu", **kwargs: float) -> GradScaler:
+    return GradScaler(device, **{"init_scale": SCALE, "growth_interval": 2, **kwargs})
 
 
 def nothing(grads: list[Tensor]) -> None:
@@ -64,10 +64,16 @@ def backward(model: nn.Module, scaler: GradScaler, batch: tuple[Tensor, Tensor],
 class PlainTorch:
     """SAM's two passes written out around a base optimizer, and torch's scaler on that optimizer itself."""
 
-    def __init__(self, base: type[Optimizer], kwargs: dict[str, object], dtype: torch.dtype = torch.float64) -> None:
-        self.model = make_model(dtype)
+    def __init__(
+        self,
+        base: type[Optimizer],
+        kwargs: dict[str, object],
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> None:
+        self.model = make_model(dtype, device)
         self.base = base(self.model.parameters(), **kwargs)
-        self.scaler = make_scaler()
+        self.scaler = make_scaler(device)
 
     def step(
         self,
@@ -101,10 +107,15 @@ class PlainTorch:
 
 
 def two_calls(
-    sam: FusedSAM, model: nn.Module, scaler: GradScaler, batch: tuple[Tensor, Tensor], second: Planted
+    sam: FusedSAM,
+    model: nn.Module,
+    scaler: GradScaler,
+    batch: tuple[Tensor, Tensor],
+    second: Planted,
+    first: Planted = nothing,
 ) -> None:
     plain = (sam.param_groups[0]["sam_step"] + 1) % sam.interval != 0
-    backward(model, scaler, batch, second if plain else nothing)
+    backward(model, scaler, batch, second if plain else first)
     assert sam.first_step(zero_grad=True) is not plain
     if not plain:
         backward(model, scaler, batch, second)
@@ -114,10 +125,15 @@ def two_calls(
 
 
 def by_closure(
-    sam: FusedSAM, model: nn.Module, scaler: GradScaler, batch: tuple[Tensor, Tensor], second: Planted
+    sam: FusedSAM,
+    model: nn.Module,
+    scaler: GradScaler,
+    batch: tuple[Tensor, Tensor],
+    second: Planted,
+    first: Planted = nothing,
 ) -> None:
     plain = (sam.param_groups[0]["sam_step"] + 1) % sam.interval != 0
-    passes = iter([second] if plain else [nothing, second])
+    passes = iter([second] if plain else [first, second])
 
     def closure() -> Tensor:
         sam.zero_grad()

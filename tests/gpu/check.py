@@ -50,6 +50,7 @@ out because something is not installed; nothing is passed in silence: a part in 
 Parts and their seconds: {", ".join(f"{name} {seconds}" for name, seconds in PARTS.items())}.
 """
 BACKENDS = {"cuda": ("triton", "cuda", "foreach"), "cpu": ("cpp",)}
+WORDS = {"graph": "graphs", "distributed": "frameworks"}
 FRAMEWORKS = ("accelerate", "composer", "lightning", "transformers")
 CASES = ("161x64", "densenet121", "resnet50", "mixer-b16", "size-1e8")
 # All but torch.compile's, which takes a minute of compilation for each case.
@@ -165,11 +166,23 @@ def smoke(device: str, out: Path) -> Iterator[Job]:
         yield python(backend, "tests/gpu/smoke.py", backend, device, seconds=40)
 
 
-def gpu_files(graphs: bool) -> Iterator[Job]:
+def part_of(path: Path) -> str:
+    """Which part runs a file of tests/gpu."""
+    return next((part for word, part in WORDS.items() if word in path.stem), "tests")
+
+
+def gpu_files(part: str) -> Iterator[Job]:
     for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
-        if ("graph" in path.stem) == graphs:
+        if part_of(path) == part:
             for backend in (*BACKENDS["cuda"], "none"):
                 yield pytest_job(str(path.relative_to(ROOT)), backend)
+
+
+def expandable(path: str) -> Iterator[Job]:
+    """`path` again with segments of memory that grow: other addresses, and freed memory that is unmapped."""
+    for backend in ("triton", "cuda"):
+        settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        yield pytest_job(path, backend, title="expandable", **settings)
 
 
 def tests(device: str, out: Path) -> Iterator[Job]:
@@ -177,11 +190,13 @@ def tests(device: str, out: Path) -> Iterator[Job]:
         if framework(path) is None:
             for kernels in ("triton-cuda", "cuda-cuda") if "kernels" in path else ("",):
                 yield pytest_job(path, title=kernels, chosen=kernels)
-    yield from gpu_files(graphs=False)
+    yield from gpu_files("tests")
+    yield from expandable("tests/gpu/test_streams.py")
 
 
 def graphs(device: str, out: Path) -> Iterator[Job]:
-    return gpu_files(graphs=True)
+    yield from gpu_files("graphs")
+    yield from expandable("tests/gpu/test_graphs.py")
 
 
 def sanitizer(device: str, out: Path) -> Iterator[Job]:
@@ -204,6 +219,7 @@ def frameworks(device: str, out: Path) -> Iterator[Job]:
             yield Job(Path(path).stem, left_out=f"{name} is not installed")
         elif name is not None:
             yield pytest_job(path)
+    yield from gpu_files("frameworks")
 
 
 def bench(device: str, out: Path) -> Iterator[Job]:

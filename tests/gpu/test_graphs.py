@@ -16,20 +16,21 @@ SIZES = [(40, 30), (7,), (1000, 33), ()]
 class Elementwise(nn.Module):
     """A model whose kernels give the same bits in a graph and out of it: no matrix product may choose another way."""
 
-    def __init__(self):
+    def __init__(self, sizes):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weights = nn.ParameterList(torch.randn(size, generator=generator) for size in SIZES)
+        self.weights = nn.ParameterList(torch.randn(size, generator=generator) for size in sizes)
+        self.left_out = frozenset()
 
     def forward(self, x):
-        return sum((w * x).tanh().sum() for w in self.weights)
+        return sum((w * x).tanh().sum() for i, w in enumerate(self.weights) if i not in self.left_out)
 
 
 class Training:
     """A model, its SAM around a capturable optimizer, and one whole step of it on fixed addresses."""
 
-    def __init__(self, backend, adaptive=False):
-        self.model = Elementwise().to(DEVICE)
+    def __init__(self, backend, adaptive=False, sizes=SIZES):
+        self.model = Elementwise(sizes).to(DEVICE)
         self.x = torch.ones((), device=DEVICE)
         self.rho = torch.tensor(0.05, device=DEVICE)
         self.lr = torch.tensor(1e-2, device=DEVICE)
@@ -37,8 +38,14 @@ class Training:
         self.sam = FusedSAM(base, rho=self.rho, adaptive=adaptive, backend=backend)
 
     def step(self):
+        self.first_half()
+        self.second_half()
+
+    def first_half(self):
         self.model(self.x).backward()
         self.sam.first_step(zero_grad=True)
+
+    def second_half(self):
         self.model(self.x).backward()
         self.sam.second_step(zero_grad=True)
 
@@ -56,10 +63,11 @@ class Training:
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
 
-    def capture(self):
+    def capture(self, steps=1, pool=None):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
+        with torch.cuda.graph(graph, pool=pool):
+            for _ in range(steps):
+                self.step()
         return graph
 
     def weights(self):
@@ -117,6 +125,131 @@ def test_two_graphs_of_one_optimizer(trainings):
         graphs[i % 2].replay()
         eager.step()
         assert same_bits(captured.weights(), eager.weights())
+
+
+def test_two_graphs_in_one_pool(trainings):
+    """Replayed in the order of their capture, as torch asks: the second may use what the first has freed."""
+    captured, eager = trainings
+    first = captured.capture()
+    graphs = [first, captured.capture(pool=first.pool())]
+    for i, settings in enumerate(SETTINGS * 2):
+        for training in trainings:
+            training.set(*settings)
+        graphs[i % 2].replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+def test_several_steps_in_one_graph(trainings):
+    captured, eager = trainings
+    graph = captured.capture(steps=3)
+    for settings in SETTINGS:
+        for training in trainings:
+            training.set(*settings)
+        graph.replay()
+        for _ in range(3):
+            eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+        assert same_bits(captured.sam.grad_norm, eager.sam.grad_norm)
+
+
+def test_the_halves_of_a_step_in_two_graphs(trainings):
+    captured, eager = trainings
+    first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(first):
+        captured.first_half()
+    with torch.cuda.graph(second, pool=first.pool()):
+        captured.second_half()
+    assert not captured.sam.perturbed
+    for settings in SETTINGS:
+        for training in trainings:
+            training.set(*settings)
+        first.replay()
+        second.replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+def test_a_graph_of_many_tensors_some_without_a_gradient(fused_backend):
+    """Several launches write its table of addresses; who has a gradient differs between it and the steps outside."""
+    sizes = [(i % 7 + 1,) for i in range(400)]
+    captured, eager = trainings = [Training(fused_backend, sizes=sizes) for _ in range(2)]
+    for training in trainings:
+        training.warm_up()
+        training.model.left_out = frozenset(range(0, 400, 3))
+    graph = captured.capture()
+    for i, settings in enumerate(SETTINGS):
+        for training in trainings:
+            training.set(*settings)
+            training.model.left_out = frozenset(range(i, 400, 5))
+            training.step()
+        eager.model.left_out = frozenset(range(0, 400, 3))
+        graph.replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+def test_a_graph_outlives_a_new_layout(trainings):
+    """A parameter that comes later gets new tables; the graph goes on with those that it was captured with."""
+    captured, eager = trainings
+    graph = captured.capture()
+    for training in trainings:
+        late = nn.Parameter(torch.ones(5000, device=DEVICE))
+        training.sam.add_param_group({"params": [late], "rho": training.rho})
+        late.grad = torch.ones_like(late)
+        training.step()
+    # Whatever was freed is written to.
+    taken = [torch.full((n,), -1, dtype=torch.int64, device=DEVICE) for n in (1, 64, 512, 4096) for _ in range(50)]
+    for i, settings in enumerate(SETTINGS):
+        for training in trainings:
+            training.set(*settings)
+        eager.step()
+        if i % 2:
+            captured.step()
+        else:
+            graph.replay()
+        assert same_bits(captured.weights(), eager.weights())
+    assert all(bool((t == -1).all()) for t in taken)
+
+
+def raise_error():
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("order", ["restored_after_the_capture", "restored_in_the_capture"])
+def test_a_capture_that_fails_restores_nothing(trainings, order):
+    """Nothing has run on the device, whose flag says saved since the warm-up: there is no backup to restore from."""
+    failed, twin = trainings
+    before = failed.weights()
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    outer, inner = (failed.sam, graph) if order == "restored_after_the_capture" else (graph, failed.sam)
+    failed.second_half = raise_error
+    with pytest.raises(ZeroDivisionError), outer, inner:
+        failed.step()
+    del failed.second_half
+    torch.cuda.synchronize()
+    assert not failed.sam.perturbed
+    assert same_bits(failed.weights(), before)
+    for _ in range(2):
+        for training in trainings:
+            training.step()
+        assert same_bits(failed.weights(), twin.weights())
+    graph = failed.capture()
+    graph.replay()
+    twin.step()
+    assert same_bits(failed.weights(), twin.weights())
+
+
+def test_a_capture_of_second_step_alone_is_an_error(fused_backend):
+    training = Training(fused_backend)
+    training.warm_up()
+    before = training.weights()
+    training.first_half()
+    training.model(training.x).backward()
+    with pytest.raises(RuntimeError, match="capture both, or neither"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        training.sam.second_step()
+    training.sam.restore()
+    assert same_bits(training.weights(), before)
 
 
 def test_options_that_changed_before_a_capture_are_an_error(fused_backend):

@@ -1,14 +1,37 @@
 """FusedSAM on a GPU against the formulas: dtypes, layouts, groups, and tensor counts around every internal limit."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from fastsam import FusedSAM
-from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, copies, norm64, perturbed, same_bits
+from fastsam import FusedSAM, backends
+from fastsam.ascent import Ascent
+from fastsam.bucket import ParameterBucket
+from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, bits, copies, norm64, perturbed, same_bits
+from tests.scaled import (
+    NAMES,
+    OPTIMIZERS,
+    RHO,
+    SCALE,
+    STEPS,
+    PlainTorch,
+    batches,
+    by_closure,
+    leftovers,
+    make_model,
+    make_scaler,
+    nothing,
+    plant,
+    states,
+    two_calls,
+)
 
 DEVICE = "cuda"
 SHAPES = [(1,), (), (0,), (3, 5), (64, 3, 7, 7), (1000, 129), (65_537,), (4096,), (8191,)]
+INFINITE_FIRST = {1: plant(0), 4: plant(-1), 5: plant(2, math.nan)}
+INFINITE_SECOND = {2: plant(0), 3: plant(2, math.nan), 5: plant(1), 7: plant(-1)}
 
 
 def randn(shape, dtype, seed):
@@ -87,6 +110,61 @@ def test_any_number_of_tensors(fused_backend, count):
     assert same_bits(torch.cat(copies(params)), before)
 
 
+def ascent_of(bucket, adaptive):
+    ascent = Ascent(bucket.device, torch.float64 if bucket.dtype is torch.float64 else torch.float32, 1, 1)
+    ascent.set_groups([0.3], [1e-12], [adaptive])
+    return ascent
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_backends_perturb_to_the_same_bits(dtype, adaptive):
+    """Given one scale; and their norms agree. Restored, the weights are the same bits again."""
+    before = copies(parameters(dtype)[:10])
+    found, norms = {}, {}
+    scale = None
+    for name in ("reference", "triton", "cuda", "foreach"):
+        backend = backends.load(name, torch.device(DEVICE))
+        params = [nn.Parameter(w.clone()) for w in before]
+        set_grads(params)
+        bucket = ParameterBucket(params, [0] * len(params), ["w"] * len(params), 0, backend.chunk_size)
+        assert bucket.gather()
+        ascent = ascent_of(bucket, adaptive)
+        with torch.no_grad():
+            backend.norm(bucket, ascent, True)
+            norms[name] = float(ascent.norm)
+            scale = ascent.scale.clone() if scale is None else scale
+            ascent.scale.copy_(scale)
+            backend.perturb(bucket, ascent)
+            found[name] = copies(params)
+            backend.restore(bucket)
+        assert same_bits(copies(params), before), name
+    assert not same_bits(found["reference"], before)
+    for name in found:
+        assert same_bits(found[name], found["reference"]), name
+        assert norms[name] == pytest.approx(norms["reference"], rel=NORM_TOLERANCE), name
+
+
+def test_thousands_of_norms_have_one_bit_pattern(fused_backend):
+    """Blocks end in another order each time, and the last of them may not see a partial sum of the norm before."""
+    params = [nn.Parameter(torch.zeros(n, device=DEVICE)) for n in (9_000_001, 3, 700_000)]
+    sets = [[randn(p.shape, torch.float32, seed + i) * seed for i, p in enumerate(params)] for seed in (1, 50)]
+    sam = FusedSAM(params, torch.optim.SGD, backend=fused_backend, lr=0.1)
+    layout, norms = sam._state.layout, []
+    for k in range(4000):
+        for p, g in zip(params, sets[k % 2], strict=True):
+            p.grad = g
+        for _, bucket in layout.buckets:
+            bucket.partials.fill_(float("nan"))
+        with torch.no_grad():
+            layout.measure(sam.param_groups)
+        norms.append(sam.grad_norm)
+    patterns = bits(torch.stack(norms)).reshape(-1, 2)
+    assert patterns.unique(dim=0).shape == (1, 2)
+    for norm, grads in zip(norms, sets, strict=False):
+        assert float(norm) == pytest.approx(norm64(params, grads, [False] * 3), rel=NORM_TOLERANCE)
+
+
 @pytest.mark.parametrize("where", [0, 5_000_000, -1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_one_element_that_is_not_finite(gpu_backend, value, where):
@@ -135,3 +213,27 @@ def test_a_parameter_of_more_than_2_to_31_elements(fused_backend, free_memory):
     assert torch.equal(p.detach()[places].float(), torch.full((5,), 2 / 20**0.5, device=DEVICE).bfloat16().float())
     sam.restore()
     assert int(p.detach().count_nonzero()) == 0
+
+
+@pytest.mark.parametrize(("base", "kwargs"), OPTIMIZERS, ids=NAMES)
+@pytest.mark.parametrize("form", [two_calls, by_closure])
+def test_training_with_a_scaler_equals_plain_torch(gpu_backend, form, base, kwargs):
+    """Infinities in either pass: the scaler's kernels and flags are not the CPU's."""
+    plain = PlainTorch(base, kwargs, device=DEVICE)
+    model, scaler = make_model(device=DEVICE), make_scaler(DEVICE)
+    known = scaler if form is by_closure else None
+    sam = FusedSAM(model.parameters(), base, rho=RHO, grad_scaler=known, backend=gpu_backend, **kwargs)
+    scales = []
+    for i, batch in enumerate(batches(device=DEVICE)):
+        first, second = INFINITE_FIRST.get(i, nothing), INFINITE_SECOND.get(i, nothing)
+        plain.step(batch, first=first, second=second)
+        form(sam, model, scaler, batch, second, first)
+        scales.append(scaler.get_scale())
+        assert scales[-1] == plain.scaler.get_scale()
+        assert bool(sam.grad_norm.isfinite()) is (i not in INFINITE_FIRST)
+        torch.testing.assert_close(list(model.parameters()), list(plain.model.parameters()), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(states(sam), states(plain.base), rtol=1e-8, atol=1e-12)
+        assert not leftovers(sam)
+        assert not leftovers(sam.base_optimizer)
+    assert min(scales) < SCALE
+    assert sam.param_groups[0]["sam_step"] == STEPS

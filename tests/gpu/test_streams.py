@@ -141,6 +141,44 @@ def test_many_tables_in_flight(fused_backend):
         assert float(norm) == pytest.approx((k % 7 + 1) * numel**0.5, rel=2e-6)
 
 
+def test_the_host_runs_ahead_with_new_gradients_every_step(fused_backend):
+    """The tables of all steps are written while none of them has run."""
+    params, sam = make(fused_backend, n=120, numel=100)
+    ascend(sam)
+    numel = sum(p.numel() for p in params)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(20 * LONG)
+    norms, kept = [], []
+    for k in range(20):
+        # A gradient's memory is used again for that of two steps later.
+        flat = torch.full((numel,), float(k + 1), device=DEVICE)
+        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad = g
+        kept = [*kept[-1:], flat]
+        sam.first_step()
+        norms.append(sam.grad_norm)
+        sam.restore()
+    done.record()
+    assert not done.query()
+    for k, norm in enumerate(norms):
+        assert float(norm) == pytest.approx((k + 1) * numel**0.5, rel=2e-6)
+
+
+def test_deterministic_algorithms_add_no_launch(fused_backend):
+    _, sam = make(fused_backend, n=5)
+    ascend(sam)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            ascend(sam)
+            torch.cuda.synchronize()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    launched = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 3, launched
+
+
 def test_the_backup_lives_between_perturb_and_restore_only(fused_backend):
     params, sam = make(fused_backend, numel=4_000_000)
     ascend(sam)

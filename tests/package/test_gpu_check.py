@@ -65,8 +65,10 @@ def test_every_file_with_gpu_tests_is_run_once_a_backend(capsys: pytest.CaptureF
     gpu_files = list((ROOT / "tests" / "gpu").glob("test_*.py"))
     for path in gpu_files:
         of_path = [line for line in lines if f"tests/gpu/{path.name}" in line]
-        part = "graphs" if "graph" in path.name else "tests"
+        part = {"test_graphs": "graphs", "test_distributed": "frameworks"}.get(path.stem, "tests")
         names = [f"{part}/{path.stem}-{backend}" for backend in ("triton", "cuda", "foreach", "none")]
+        if path.stem in ("test_graphs", "test_streams"):
+            names += [f"{part}/expandable-{path.stem}-{backend}" for backend in ("triton", "cuda")]
         assert [line.partition(":")[0] for line in of_path] == names
     for path in (ROOT / "tests").rglob("test_*.py"):
         if "pytest.mark.gpu" in path.read_text() and path not in (Path(__file__), *gpu_files):
