@@ -227,6 +227,7 @@ def test_a_step_after_a_failed_one_restores_its_own_weights(kernels):
         w.add_(1)
     before = copies(case.w.tensors)
     case.norm()  # and perturb fails before its launch
+    case.bucket.backup = torch.full_like(case.bucket.allocate_backup(), float("nan"))
     case.backend.restore(case.bucket)
     assert same_bits(case.w.tensors, before)
 
@@ -284,6 +285,13 @@ def test_many_chunks_to_a_program(kernels, monkeypatch):
         # One chunk more than there may be programs does not halve their number.
         programs = len(case.bucket.chunks) if limit is None else 4
         assert int(case.bucket.partials.isfinite().sum()) == programs
+
+
+def test_more_partial_sums_than_the_last_block_takes_at_once(kernels):
+    case = Case(kernels, torch.float32, [4110], chunk=8)
+    case.norm()
+    expected = norm64(case.before, case.g.tensors, [False])
+    assert float(case.ascent.norm) == pytest.approx(expected, rel=NORM_TOLERANCE)
 
 
 def test_norm_does_not_depend_on_what_ran_before(kernels):

@@ -1,6 +1,8 @@
 """tests/gpu/check.py without a GPU: limits, partial results and exit status, with jobs made here and on the CPU."""
 
+import ast
 import json
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import check, smoke
+from tests.gpu import check, mutants, smoke
 from tests.gpu.check import COMMANDS, PARTS, Job, pytest_job, python, run_parts
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +165,42 @@ def test_smoke_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setitem(smoke.NUMEL, "cpu", 10_000)
     smoke.main("cpp", "cpu")
     assert "float64, float32, bfloat16, float16 to the bit" in capsys.readouterr().out
+
+
+def test_every_mutant_changes_one_place_and_names_its_tests() -> None:
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS)
+    for mutant in mutants.MUTANTS:
+        source = (ROOT / mutant.path).read_text()
+        assert source.count(mutant.old) == 1, mutant.name
+        if mutant.path.endswith(".py"):
+            ast.parse(source.replace(mutant.old, mutant.new))
+        for judge in mutant.judges:
+            names = [word for word in re.findall(r"\w+", judge.chosen) if word not in ("and", "or", "not", "cuda")]
+            text = (ROOT / judge.path).read_text() + "triton emulated float64 float16"
+            assert [name for name in names if name in text], mutant.name
+
+
+def test_mutants_that_survive_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thing.py").write_text("VALUE = 1\nOTHER = 2\n")
+    (tmp_path / "test_thing.py").write_text("import thing\ndef test_value(): assert thing.VALUE == 1\n")
+    here, there = (mutants.Judge(kind, "test_thing.py", "value") for kind in ("emulated", "gpu"))
+    changes = [
+        mutants.Mutant("caught", "thing.py", "VALUE = 1", "VALUE = 3", (here,)),
+        mutants.Mutant("missed", "thing.py", "OTHER = 2", "OTHER = 3", (here,)),
+        mutants.Mutant("unseen", "thing.py", "VALUE = 1", "VALUE = 3", (there,)),
+    ]
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "MUTANTS", changes)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert mutants.main([]) == 1
+    assert [line.split("  ")[-1].partition(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "killed",
+        "SURVIVED",
+        "not judged",
+    ]
+    assert mutants.main(["caught", "unseen"]) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU must be here for this")
