@@ -15,6 +15,7 @@ namespace fastsam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 2;  // vectors of each operand that a thread has in flight
+constexpr int kNormSpan = 8192;  // elements of a parameter from which on norm takes no further chunk along
 
 // ---- Elements and vectors -------------------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
 // and chunks in fp64: equal gradients would otherwise all round in one direction. A block takes `per_block` chunks in a
 // row, the first `longer` blocks one more.
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 5 : 6)  // as many blocks as fit without a spill
     norm_kernel(const Bucket bucket, const int32_t per_block, const int32_t longer, const int32_t* adaptive,
                 double* partials, uint32_t* counter, int32_t* saved, double* square_sum, const bool last,
                 const Scales<A> out) {
@@ -226,11 +227,14 @@ __global__ void __launch_bounds__(kThreads)
     const Chunk c = bucket.chunks[i];
     const int64_t grad = bucket.grads[c.slot];
     if (grad == 0) continue;
+    // The next chunks of this parameter go along: no further wait for a record and for what its slot tells.
+    int32_t n = c.length();
+    while (n < kNormSpan && i + 1 < end && bucket.chunks[i + 1].slot == c.slot) n += bucket.chunks[++i].length();
     const T* g = at<const T>(grad, c.offset);
     if (adaptive[c.group()] != 0)
-      sum += square_chunk<true>(g, at<const T>(bucket.weights[c.slot], c.offset), c.length());
+      sum += square_chunk<true>(g, at<const T>(bucket.weights[c.slot], c.offset), n);
     else
-      sum += square_chunk<false>(g, g, c.length());
+      sum += square_chunk<false>(g, g, n);
   }
   sum = block_sum(sum);
   __shared__ bool is_last;

@@ -107,6 +107,14 @@ MUTANTS = (
         emulated("many_chunks"),
     ),
     Mutant(
+        "cuda: norm goes on into the next parameter",
+        CUDA,
+        " && bucket.chunks[i + 1].slot == c.slot)",
+        ")",
+        emulated("many_chunks"),
+    ),
+    Mutant("cuda: norm goes on into the next block", CUDA, " && i + 1 < end &&", " &&", emulated("many_chunks")),
+    Mutant(
         "triton: the first programs take no chunk more",
         TRITON,
         "range(per_program + (pid < longer).to(tl.int32))",

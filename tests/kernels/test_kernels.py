@@ -285,6 +285,7 @@ def test_many_chunks_to_a_program(kernels, monkeypatch):
         # One chunk more than there may be programs does not halve their number.
         programs = len(case.bucket.chunks) if limit is None else 4
         assert int(case.bucket.partials.isfinite().sum()) == programs
+    Case(kernels, torch.float32, [40_000, 4096], "mixed", [(1, 1), (0, 0)], chunk=4096).check()
 
 
 def test_more_partial_sums_than_the_last_block_takes_at_once(kernels):
