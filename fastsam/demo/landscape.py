@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -79,12 +81,23 @@ class Panel:
     heights: Tensor
 
 
-def draw(panels: Sequence[Panel], offsets: Tensor, heading: str, height_label: str, path: Path) -> None:
-    """Writes the surfaces side by side as a PNG, with the same axes and the same colours.
+@dataclass(frozen=True)
+class Costs:
+    """Accuracy over cost: by method the time of a step, and (mean, standard error) with each learning rate."""
+
+    names: Sequence[str]
+    times: Sequence[float]
+    constant: Sequence[tuple[float, float]]
+    decaying: Sequence[tuple[float, float]]
+
+
+def draw(panels: Sequence[Panel], offsets: Tensor, costs: Costs, heading: str, height_label: str, path: Path) -> None:
+    """Writes the surfaces side by side as a PNG, with the same axes and the same colours, and the costs beside them.
 
     Args:
         panels: the surfaces, from left to right.
         offsets: the values (n,) of a and b.
+        costs: the points of the last panel.
         heading: one line over all panels.
         height_label: what the heights are.
         path: the file to write.
@@ -92,11 +105,12 @@ def draw(panels: Sequence[Panel], offsets: Tensor, heading: str, height_label: s
     b, a = (grid.numpy() for grid in torch.meshgrid(offsets, offsets, indexing="ij"))
     heights = torch.stack([panel.heights for panel in panels])
     colours = Normalize(heights.min().item(), heights.max().item())
-    figure = Figure(figsize=(6.5 * len(panels), 5.8), dpi=120, layout="constrained")
+    columns = len(panels) + 1
+    figure = Figure(figsize=(6.5 * columns, 5.8), dpi=100, layout="constrained")
     figure.suptitle(heading, fontsize=16)
     plots = []
     for column, panel in enumerate(panels, start=1):
-        plot = figure.add_subplot(1, len(panels), column, projection="3d")
+        plot = figure.add_subplot(1, columns, column, projection="3d")
         plot.plot_surface(
             a,
             b,
@@ -118,4 +132,19 @@ def draw(panels: Sequence[Panel], offsets: Tensor, heading: str, height_label: s
         plots.append(plot)
     bar = figure.colorbar(ScalarMappable(colours, COLOURS), ax=plots, shrink=0.7, pad=0.05)
     bar.set_label(height_label, fontsize=13)
+    _draw_costs(figure.add_subplot(1, columns, columns), costs)
     figure.savefig(path, format="png")
+
+
+def _draw_costs(plot: Axes, costs: Costs) -> None:
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for i, (name, time) in enumerate(zip(costs.names, costs.times, strict=True)):
+        colour = colours[i % len(colours)]
+        for (mean, error), marker, face in ((costs.constant[i], "o", colour), (costs.decaying[i], "s", "white")):
+            label = name if marker == "o" else None
+            plot.errorbar(time, mean, error, fmt=marker, color=colour, mfc=face, capsize=3, label=label)
+    plot.set_xlabel("time of a step, SGD's = 1")
+    plot.set_ylabel("test accuracy, % (± standard error)")
+    plot.set_title("filled: constant learning rate; hollow: decaying", fontsize=12)
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=9, loc="lower right")

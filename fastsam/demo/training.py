@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,41 +15,72 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from fastsam import FusedSAM
+from fastsam import FusedSAM, frozen_running_stats
 
 LR, MOMENTUM, BATCH = 0.05, 0.9, 64
 TRAINING_IMAGES = 1000  # of 1797; the others are the test set
 CLASSES = 10
+TURN = 20
+"""Steps; of every method a whole number of its intervals, in every share of training that counts."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer to compare: plain SGD where `rho` is None, else FusedSAM around the same SGD."""
+    """An optimizer to compare: plain SGD where `rho` is None, else FusedSAM around the same SGD.
+
+    Attributes:
+        rho: FusedSAM's radius.
+        interval: FusedSAM's.
+        start: the share of training after which SAM starts.
+        part: the share of the batch that the ascent climbs by.
+        direction: FusedSAM's.
+        weight_decay: SGD's.
+    """
 
     rho: float | None = None
     interval: int = 1
+    start: float = 0.0
+    part: float = 1.0
+    direction: str = "gradient"
+    weight_decay: float = 0.0
 
     @property
     def gradients(self) -> float:
-        """Gradients that it computes in a step, on average: 1 for SGD, one more on each SAM step."""
-        return 1.0 if self.rho is None else 1.0 + 1.0 / self.interval
+        """Gradients of a whole batch that it computes in a step, on average."""
+        if self.rho is None or self.direction == "momentum":
+            return 1.0
+        return 1.0 + self.part * (1.0 - self.start) / self.interval
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """A new optimizer over the parameters of `model`."""
+    def tuned(self, value: float) -> Method:
+        """The same with another value of what is to be tuned: rho, or of plain SGD the weight decay."""
+        return replace(self, weight_decay=value) if self.rho is None else replace(self, rho=value)
+
+    def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
+        """A new optimizer over the parameters of `model`, for a training of so many steps."""
+        sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=self.weight_decay)
         if self.rho is None:
-            return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-        return FusedSAM(
-            model.parameters(), torch.optim.SGD, rho=self.rho, interval=self.interval, lr=LR, momentum=MOMENTUM
-        )
+            return sgd
+        start = round(self.start * steps)
+        return FusedSAM(sgd, self.rho, interval=self.interval, start=start, direction=self.direction)
 
 
-def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> None:
-    """One step of either optimizer: SGD calls the closure once, FusedSAM a second time at w + e_w."""
+def step(method: Method, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> None:
+    """One step of either optimizer: SGD calls the closure once, FusedSAM on a SAM step a second time at w + e_w.
+
+    Normalisation layers see each batch once, whole: at w, or where only a part of it climbs at w + e_w.
+    """
+    partly = round(method.part * len(labels))
 
     def closure() -> Any:
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), labels)
+        ascending = isinstance(optimizer, FusedSAM) and optimizer.ascending
+        n = partly if ascending else len(labels)
+        again = isinstance(optimizer, FusedSAM) and optimizer.perturbed and method.direction == "gradient"
+        frozen = ascending if method.part < 1 else again
+        with frozen_running_stats(model) if frozen else nullcontext():
+            loss = cross_entropy(model(images[:n]), labels[:n])
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -55,7 +88,12 @@ def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor)
 
 
 def train(
-    method: Method, data: Digits, epochs: int, seed: int, on_epoch: Callable[[], object] = lambda: None
+    method: Method,
+    data: Data,
+    epochs: int,
+    seed: int,
+    decay: bool = False,
+    on_epoch: Callable[[], object] = lambda: None,
 ) -> nn.Module:
     """Trains a new network; initial weights and order of the batches follow from `seed`, whatever the method.
 
@@ -64,16 +102,24 @@ def train(
         data: its training images and labels are learnt.
         epochs: passes over the training images.
         seed: of the initial weights and of the order of the batches.
+        decay: lets the learning rate fall to 0 along a cosine; else it is constant.
         on_epoch: called after each epoch.
+
+    Returns:
+        The network, in evaluation mode.
     """
-    model = network(seed)
-    optimizer = method.optimizer(model)
+    model = data.network(seed)
+    steps = epochs * math.ceil(len(data.labels) / BATCH)
+    optimizer = method.optimizer(model, steps)
+    scheduler = CosineAnnealingLR(optimizer, steps) if decay else None
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for batch in torch.randperm(len(data.labels), generator=order).split(BATCH):  # type: ignore[no-untyped-call]
-            step(model, optimizer, data.images[batch], data.labels[batch])
+            step(method, model, optimizer, data.images[batch], data.labels[batch])
+            if scheduler is not None:
+                scheduler.step()
         on_epoch()
-    return model
+    return model.eval()
 
 
 def network(seed: int) -> nn.Module:
@@ -93,29 +139,48 @@ def network(seed: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Digits:
-    """scikit-learn's 1797 scanned digits, split at random.
+class Data:
+    """Images in 10 classes, split at random, and what learns them.
 
-    `images` (1000, 1, 8, 8) and `test_images` (797, 1, 8, 8) are fp32 from 0 to 1, `labels` (1000,) and `test_labels`
-    (797,) int64. The test labels are always the true ones.
+    `images` (n, 1, height, width) and `test_images` are fp32 from 0 to 1, `labels` (n,) and `test_labels` int64. The
+    test labels are always the true ones. `network` makes one with initial weights that follow from a seed.
     """
 
     images: Tensor
     labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    network: Callable[[int], nn.Module] = network
+
+    def validation(self, share: float = 0.2) -> Data:
+        """The training part alone, split again: the last `share` of it, labels as they were learnt, is the test set."""
+        kept = round((1 - share) * len(self.labels))
+        return replace(
+            self,
+            images=self.images[:kept],
+            labels=self.labels[:kept],
+            test_images=self.images[kept:],
+            test_labels=self.labels[kept:],
+        )
 
 
-def digits(seed: int, noise: float) -> Digits:
-    """Splits the digits and replaces a share `noise` of the training labels by wrong ones; `seed` decides which."""
+def digits(seed: int, noise: float) -> Data:
+    """scikit-learn's 1797 scanned digits, 8x8, of which 1000 are to be learnt; `seed` decides which.
+
+    A share `noise` of the training labels is replaced by wrong ones.
+    """
+    images, labels = load_digits(return_X_y=True)
+    images = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    return split(images, torch.as_tensor(labels), seed, noise, network)
+
+
+def split(images: Tensor, labels: Tensor, seed: int, noise: float, network: Callable[[int], nn.Module]) -> Data:
+    """1000 images at random to learn, the others to test; a share `noise` of the labels to learn made wrong."""
     generator = torch.Generator().manual_seed(seed)
-    bunch = load_digits()
-    order = torch.randperm(len(bunch.target), generator=generator)
-    images = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1)[order] / 16
-    labels = torch.as_tensor(bunch.target, dtype=torch.int64)[order]
-    images, test_images = images[:TRAINING_IMAGES], images[TRAINING_IMAGES:]
-    labels, test_labels = labels[:TRAINING_IMAGES], labels[TRAINING_IMAGES:]
-    return Digits(images, with_wrong_labels(labels, noise, generator), test_images, test_labels)
+    order = torch.randperm(len(labels), generator=generator)
+    images, labels = images[order], labels[order].long()
+    learnt = with_wrong_labels(labels[:TRAINING_IMAGES], noise, generator)
+    return Data(images[:TRAINING_IMAGES], learnt, images[TRAINING_IMAGES:], labels[TRAINING_IMAGES:], network)
 
 
 def with_wrong_labels(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -155,30 +220,32 @@ class StepTime:
     ratio: float
 
 
-def step_times(methods: Sequence[Method], rounds: int, data: Digits) -> list[StepTime]:
+def step_times(methods: Sequence[Method], rounds: int, data: Data) -> list[StepTime]:
     """Times one training step with each of `methods`; ratios are to the first.
 
-    In each round the methods take turns, as many steps each as the largest interval, so that a turn has its share of
-    SAM steps. Medians over the rounds count. A ratio is taken within each round, as what else the machine does at that
-    time slows all turns of a round alike.
+    In each round the methods take turns of 20 steps, a whole training to `start`, so that a turn has its share of SAM
+    steps. Medians over the rounds count. A ratio is taken within each round, as what else the machine does at that time
+    slows all turns of a round alike.
 
     Args:
-        methods: what to compare; each interval divides the largest.
+        methods: what to compare.
         rounds: the number of turns that each method takes.
         data: its first batch is trained on.
     """
     images, labels = data.images[:BATCH], data.labels[:BATCH]
-    models = [network(seed=0) for _ in methods]
-    optimizers = [method.optimizer(model) for method, model in zip(methods, models, strict=True)]
-    steps = max(method.interval for method in methods)
+    models = [data.network(0) for _ in methods]
+    optimizers = [method.optimizer(model, TURN) for method, model in zip(methods, models, strict=True)]
+    sides = list(zip(methods, models, optimizers, strict=True))
 
-    def turn(model: nn.Module, optimizer: Optimizer) -> float:
+    def turn(first: int, method: Method, model: nn.Module, optimizer: Optimizer) -> float:
+        if isinstance(optimizer, FusedSAM):
+            optimizer.start = first + round(method.start * TURN)
         start = time.perf_counter()
-        for _ in range(steps):
-            step(model, optimizer, images, labels)
-        return (time.perf_counter() - start) / steps
+        for _ in range(TURN):
+            step(method, model, optimizer, images, labels)
+        return (time.perf_counter() - start) / TURN
 
-    table = [[turn(*pair) for pair in zip(models, optimizers, strict=True)] for _ in range(rounds + 1)]
+    table = [[turn(TURN * r, *side) for side in sides] for r in range(rounds + 1)]
     table = table[1:]  # the first round warms up: caches, buckets, momentum
     columns = list(zip(*table, strict=True))
     return [

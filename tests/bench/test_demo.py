@@ -1,4 +1,7 @@
+"""The demo: what it trains, measures, prints and draws."""
+
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastsam.demo import __main__ as demo, training
-from fastsam.demo.landscape import Panel, draw, filter_normalised_direction, loss_surface
+from fastsam.demo.landscape import Costs, Panel, draw, filter_normalised_direction, loss_surface
+from fastsam.demo.methods import CHOSEN, CONDITIONS, GRIDS, METHODS, tuned
 from fastsam.demo.training import Method, accuracy, digits, network, sharpness, step_times, train, with_wrong_labels
 
 SGD, SAM = Method(), Method(rho=0.2)
@@ -71,7 +76,7 @@ def test_every_method_starts_from_the_same_weights_and_sees_the_same_batches(mon
     data = digits(seed=0, noise=0.4)
     seen = []
 
-    def recording_step(model, optimizer, images, labels):
+    def recording_step(method, model, optimizer, images, labels):
         seen.append((weights(model).clone(), images, labels))
 
     monkeypatch.setattr(training, "step", recording_step)
@@ -88,28 +93,76 @@ def test_every_method_starts_from_the_same_weights_and_sees_the_same_batches(mon
     assert not torch.equal(weights(network(3)), weights(network(4)))
 
 
-@pytest.mark.parametrize("method", [SGD, SAM, Method(rho=0.5, interval=5)])
+@pytest.mark.parametrize("method", [*METHODS.values(), Method(rho=0.5, interval=3, part=0.5)], ids=str)
 def test_training_twice_gives_the_same_bits(method):
     data = digits(seed=0, noise=0.4)
-    first, second = (weights(train(method, data, epochs=1, seed=0)) for _ in range(2))
+    first, second = (weights(train(method, data, epochs=1, seed=0, decay=True)) for _ in range(2))
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("method", "gradients"), [(SGD, 10), (SAM, 20), (Method(0.2, 2), 15), (Method(1.0, 10), 11)])
-def test_gradients_in_ten_steps(method, gradients):
-    data = digits(seed=0, noise=0.0)
+@pytest.mark.parametrize(("name", "gradients"), [*zip(METHODS, [1, 1, 2, 1.2, 1.25, 1.3, 1.25, 1], strict=True)])
+def test_gradients_in_twenty_steps(name, gradients):
+    """In images, since a part of the batch counts as a part."""
+    data, method = digits(seed=0, noise=0.0), METHODS[name]
     model = network(0)
-    optimizer = method.optimizer(model)
-    forwards = []
-    model.register_forward_hook(lambda *_: forwards.append(1))
-    for _ in range(10):
-        training.step(model, optimizer, data.images[:8], data.labels[:8])
-    assert len(forwards) == gradients == 10 * method.gradients
+    optimizer = method.optimizer(model, 20)
+    images = []
+    model.register_forward_hook(lambda _, args, __: images.append(len(args[0])))
+    for _ in range(20):
+        training.step(method, model, optimizer, data.images[:8], data.labels[:8])
+    assert sum(images) == 20 * 8 * gradients == 20 * 8 * method.gradients
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_normalisation_layers_count_each_batch_once_and_whole(name):
+    method, data = METHODS[name], digits(seed=0, noise=0.0)
+    model = nn.Sequential(norm := nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    optimizer = method.optimizer(model, 4)
+    seen = []
+    norm.register_forward_hook(lambda m, args, _: seen.append((m.track_running_stats, len(args[0]))))
+    for _ in range(4):
+        training.step(method, model, optimizer, data.images[:8], data.labels[:8])
+    assert norm.num_batches_tracked == 4
+    assert [n for counted, n in seen if counted] == [8] * 4
+
+
+def test_the_learning_rate_decays_along_a_cosine(monkeypatch):
+    rates = []
+
+    def recording_step(method, model, optimizer, images, labels):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.base_optimizer.step()
+
+    monkeypatch.setattr(training, "step", recording_step)
+    for decay in (False, True):
+        train(SAM, digits(seed=0, noise=0.0), 2, 0, decay)
+    assert rates[:32] == [training.LR] * 32
+    expected = [training.LR * (1 + math.cos(math.pi * k / 32)) / 2 for k in range(32)]
+    assert rates[32:] == pytest.approx(expected)
+
+
+def test_the_validation_split_is_of_the_training_part_alone():
+    data = digits(seed=0, noise=0.4)
+    inner = data.validation()
+    assert torch.equal(torch.cat([inner.images, inner.test_images]), data.images)
+    assert torch.equal(torch.cat([inner.labels, inner.test_labels]), data.labels)
+    assert len(inner.labels) == 800
+
+
+def test_what_was_chosen_is_in_the_grids_and_used():
+    for name, values in CHOSEN.items():
+        assert len(values) == len(CONDITIONS)
+        assert set(values) <= set(GRIDS[name])
+    for column, condition in enumerate(CONDITIONS):
+        for name, method in tuned(CHOSEN, condition).items():
+            value = method.weight_decay if method.rho is None else method.rho
+            assert value == (CHOSEN[name][column] if name in CHOSEN else 0)
+    assert tuned({"SAM": (0.1, 0.3)}, CONDITIONS[2])["SAM"].rho == 0.3  # of the last conditions
 
 
 def test_sam_resists_wrong_labels():
     data = digits(seed=0, noise=0.4)
-    sgd, sam = (train(method, data, epochs=30, seed=0) for method in (SGD, SAM))
+    sgd, sam = (train(method, data, 30, 0) for method in (SGD, SAM))
     sgd_accuracy, sam_accuracy = (accuracy(model, data.test_images, data.test_labels) for model in (sgd, sam))
     assert sam_accuracy > sgd_accuracy + 0.1
     sgd_sharpness, sam_sharpness = (sharpness(model, data.images, data.labels, rho=0.2) for model in (sgd, sam))
@@ -132,7 +185,7 @@ def test_accuracy():
 @pytest.mark.parametrize("rho", [0.05, 0.5])
 def test_sharpness_against_fp64(rho):
     data = digits(seed=0, noise=0.4)
-    model = train(SGD, data, epochs=1, seed=0)
+    model = train(SGD, data, 1, 0)
     before = weights(model).clone()
     found = sharpness(model, data.images, data.labels, rho)
     assert torch.equal(weights(model), before)
@@ -146,7 +199,7 @@ def test_sharpness_against_fp64(rho):
 
 
 def test_step_times_are_relative_to_the_first():
-    sgd, sam, sparse = step_times([SGD, SAM, Method(1.0, 4)], rounds=3, data=digits(seed=0, noise=0.0))
+    sgd, sam, sparse = step_times([SGD, SAM, Method(1.0, 4, start=0.5)], rounds=3, data=digits(seed=0, noise=0.0))
     assert sgd.ratio == 1
     assert min(sgd.seconds, sam.seconds, sparse.seconds, sam.ratio, sparse.ratio) > 0
 
@@ -174,7 +227,7 @@ def test_directions_are_filter_normalised():
 def test_loss_surface_against_fp64():
     data = digits(seed=0, noise=0.4)
     images, labels = data.images[:100], data.labels[:100]
-    model = train(SGD, data, epochs=1, seed=0)
+    model = train(SGD, data, 1, 0)
     before = weights(model).clone()
     offsets = torch.tensor([-0.5, 0.0, 1.0])
     surface = loss_surface(model, images, labels, offsets, seed=7)
@@ -192,10 +245,11 @@ def test_draw_uses_one_scale(tmp_path):
     offsets = torch.linspace(-1, 1, 5)
     bowl = offsets[:, None] ** 2 + offsets**2
     path = tmp_path / "picture"  # a PNG under any name
-    draw([Panel("steep", "", bowl), Panel("flat", "", 0.05 * bowl)], offsets, "heading", "height", path)
+    costs = Costs(["only"], [1.0], [(90.0, 1.0)], [(91.0, 0.0)])
+    draw([Panel("steep", "", bowl), Panel("flat", "", 0.05 * bowl)], offsets, costs, "heading", "height", path)
     image = imread(path, format="png")
     width = image.shape[1]
-    steep, flat = image[:, : width * 45 // 100], image[:, width * 45 // 100 : width * 88 // 100]  # the bar is beyond
+    steep, flat = image[:, : width * 30 // 100], image[:, width * 31 // 100 : width * 60 // 100]  # the bar is beyond
     green, blue = 1, 2
     bright = [(coloured(part) & (part[..., green] > part[..., blue] + 0.1)).any() for part in (steep, flat)]
     assert bright == [True, False]  # the top of the scale, green to yellow, is only where the heights are
@@ -209,30 +263,34 @@ def test_command_prints_the_tables_and_writes_the_picture(tmp_path, capsys, monk
     path = tmp_path / "demo.png"
     demo.main(["--quick", "--output", str(path)])
     printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines()]
-    assert sum("SAM, rho=0.2" in line for line in printed.splitlines()) == 2
-    intervals = [row for row in rows if row[:2] in (["1", "0.1"], ["2", "0.2"], ["5", "0.5"], ["10", "1"])]
-    assert len(intervals) == 4
-    for row in intervals:
-        interval, rho, mean, _, deviation, percent, sharp, _, sharp_deviation, milliseconds, ratio = row
-        assert float(rho) == pytest.approx(0.1 * int(interval))
-        assert (float(mean) > 0, percent) == (True, "%")
-        assert min(float(value) for value in (deviation, sharp_deviation)) >= 0
-        assert min(float(value) for value in (milliseconds, ratio)) > 0
-        assert np.isfinite(float(sharp))
-    assert "two gradients" in printed
+    for name, method in METHODS.items():
+        lines = [line.removeprefix(f" {name}") for line in printed.splitlines() if line.startswith(f" {name}  ")]
+        first, second, chosen = (line.split() for line in lines)
+        values = [float(v) for v in first if v != "±"]
+        assert len(values) == 6  # mean and standard error of three columns
+        assert min(values) >= 0
+        gradients, milliseconds, ratio, sharp = map(float, second)
+        assert gradients == pytest.approx(method.gradients)
+        assert min(milliseconds, ratio) > 0
+        assert np.isfinite(sharp)
+        assert tuple(map(float, chosen)) == CHOSEN.get(name, (0, 0, 0))
+    assert "validation split" in printed
     assert str(path) in printed.replace("\n", "")
 
     image = imread(path)
     height, width, _ = image.shape
     assert (1000 < width < 3000, 400 < height < 2000) == (True, True)
-    for half in (image[:, : width // 2], image[:, width // 2 :]):
-        assert coloured(half).mean() > 0.02
+    for third in (image[:, : width // 3], image[:, width // 3 : 2 * width // 3]):
+        assert coloured(third).mean() > 0.02
+    assert coloured(image[:, 3 * width // 4 :]).any()
 
 
-def test_one_seed_has_no_deviation():
-    assert demo.spread([97.25], decimals=1) == "97.2"
-    assert demo.spread([1.0, 2.0, 3.0], decimals=2) == "2.00 ± 1.00"
+def test_one_seed_has_no_error():
+    def results(*accuracies):
+        return {(CONDITIONS[0], "SAM"): [demo.Trained(None, accuracy, 0.0) for accuracy in accuracies]}
+
+    assert demo.summary(results(0.9), CONDITIONS[0], "SAM") == (90, 0)
+    assert demo.summary(results(0.1, 0.2, 0.3), CONDITIONS[0], "SAM") == pytest.approx((20, 10 / 3**0.5))
 
 
 def test_help(capsys):
@@ -240,7 +298,7 @@ def test_help(capsys):
         demo.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--quick", "--seeds", "--epochs", "--rho", "--interval-rho", "--output"):
+    for option in ("--quick", "--seeds", "--epochs", "--output"):
         assert option in printed
 
 
@@ -249,8 +307,6 @@ def test_help(capsys):
     [
         (["--seeds", "0"], "--seeds is 0"),
         (["--epochs", "-1"], "--epochs is -1"),
-        (["--rho", "nan"], "--rho is nan"),
-        (["--interval-rho", "0"], "--interval-rho is 0"),
         (["--output", "no/such/folder/picture.png"], "no folder"),
     ],
 )

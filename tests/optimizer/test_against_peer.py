@@ -2,10 +2,12 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from pytorch_optimizer import SAM
+from pytorch_optimizer import GSAM, SAM, WSAM
 from torch import nn
 
 from fastsam import FusedSAM
@@ -184,3 +186,38 @@ def test_around_an_existing_optimizer(backend):
     b = FusedSAM(theirs.model.parameters(), torch.optim.SGD, 0.1, True, backend=backend, lr=0.1, momentum=0.9)
     for x, y in zip(train_two_calls(ours, a), train_closure(theirs, b), strict=True):
         assert same_bits(x, y)
+
+
+def recipe(start):
+    """The block of docs/method.md that begins with `start`."""
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    return re.search(rf"```python\n({start}.*?)```", text, re.DOTALL)[1]
+
+
+class ConstantRho:
+    def step(self):
+        return 0.3
+
+
+@pytest.mark.parametrize("method", ["GSAM", "WSAM"])
+def test_the_recipes_for_both_gradients(backend, method):
+    ours, theirs = Training(torch.float64), Training(torch.float64)
+    options = {"lr": 0.05, "momentum": 0.5}
+    sam = FusedSAM(ours.model.parameters(), torch.optim.SGD, rho=0.3, backend=backend, **options)
+    names = {"sam": sam, "model": ours.model, "data": ours.batches, "torch": torch}
+    exec(recipe("gamma" if method == "WSAM" else "alpha"), names | {"loss_fn": nn.functional.cross_entropy})
+    params = theirs.model.parameters()
+    if method == "WSAM":
+        peer = WSAM(theirs.model, params, torch.optim.SGD, rho=0.3, gamma=0.9, decouple=False, **options)
+        train_peer(theirs, peer)
+    else:
+        base = torch.optim.SGD(params, **options)
+        peer = GSAM(list(theirs.model.parameters()), base, theirs.model, ConstantRho(), alpha=0.4)
+        for x, y in theirs.batches:
+            peer.set_closure(nn.functional.cross_entropy, x, y)
+            peer.step()
+    torch.testing.assert_close(ours.weights(), theirs.weights(), rtol=1e-6, atol=1e-8)
+    plain = Training(torch.float64)
+    train_two_calls(plain, FusedSAM(plain.model.parameters(), torch.optim.SGD, rho=0.3, **options))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(ours.weights(), plain.weights(), rtol=1e-3, atol=1e-4)
