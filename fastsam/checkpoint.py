@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from fastsam.arguments import COUNTER
+from fastsam.options import COUNTER
 
 __all__ = ["to_base_state_dict", "with_groups", "without_groups"]
 

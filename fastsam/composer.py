@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from fastsam.arguments import COUNTER, check_interval, check_options, check_start
-from fastsam.closures import Closure, Passes
+from fastsam.closures import Closure, Passes, Trainer
+from fastsam.notices import tell_once
 from fastsam.optimizer import FusedSAM
+from fastsam.options import COUNTER, check_interval, check_options, check_start
 
 try:
     from composer.core import Algorithm, Event, Time, TimeUnit
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from composer.core import State
     from composer.loggers import Logger
 
-__all__ = ["SAM", "SAMOptimizer"]
+__all__ = ["SAM", "TRAINER", "SAMOptimizer"]
 
 _NEVER = sys.maxsize
 """A start that does not come."""
@@ -177,3 +178,17 @@ def _time(start: str) -> Any:
         raise ValueError(
             f"start must be a number of steps or one of Composer's time strings, as '0.7dur', but got {start!r}"
         ) from error
+
+
+def _passes_of(closure: Closure) -> None:
+    """FusedSAM itself trains by a closure of the Trainer's, but badly."""
+    if getattr(closure, "__module__", None) == "composer.trainer.trainer":
+        tell_once(
+            "composer",
+            "FusedSAM in Composer's Trainer logs the losses of both passes added up, and synchronises both "
+            "gradients: use fastsam.composer.SAM, or fastsam.composer.SAMOptimizer",
+        )
+
+
+TRAINER = Trainer(_passes_of)
+"""For the core; see `fastsam.closures`."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastsam import backends
-from fastsam.arguments import DTYPES, check_options, host_value, parameter_name
 from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import Shardings, is_dtensor, local, local_grad
+from fastsam.options import DTYPES, check_options, host_value, parameter_name
 
 __all__ = ["Layout", "flatten_groups", "gradient_norm", "no_gradient_error"]
 

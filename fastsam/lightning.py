@@ -1,7 +1,15 @@
-"""A mixin for Lightning's modules. Lightning itself is not imported; what it passes to ``step`` is in closures.py."""
+"""Lightning: what its trainer passes to ``step``, and a mixin for its modules. Lightning itself is not imported.
+
+Under automatic optimization: ``optimizer.step(closure=partial(self._wrap_closure, module, optimizer, closure))``. The
+inner closure clears the gradients, runs training_step and goes backward; ``_wrap_closure`` adds
+on_before_optimizer_step and the clipping. These belong to the gradient that the base optimizer steps by, so the pass at
+w does without: clipping by value would turn the ascent. Under manual optimization ``optimizer.step()`` passes the same,
+around a closure that does nothing. In 16-mixed Lightning runs the closure once, and then ``scaler.step(optimizer)``.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -10,9 +18,10 @@ from typing import Any, cast
 from torch import nn
 
 from fastsam.batchnorm import frozen_running_stats
-from fastsam.closures import check_lightning, is_forward_only
+from fastsam.closures import Closure, Passes, Trainer
+from fastsam.notices import tell_once
 
-__all__ = ["SAMMixin"]
+__all__ = ["TRAINER", "SAMMixin"]
 
 
 class SAMMixin:
@@ -63,10 +72,10 @@ class SAMMixin:
             RuntimeError: gradient accumulation, or a training_step that takes an iterator.
         """
         closure = cast("Callable[[], Any]", optimizer_closure)
-        if is_forward_only(self.trainer):
+        if _is_forward_only(self.trainer):
             closure()
             return
-        check_lightning(self)
+        _check_automatic(self)
         sam = optimizer.optimizer
         if not hasattr(sam, "first_pass_context"):
             raise TypeError(f"SAMMixin needs a FusedSAM from configure_optimizers, but got {type(sam).__name__}")
@@ -130,3 +139,82 @@ class SAMMixin:
             scaler.unscale_(sam)
         with sam._clippable():
             super().clip_gradients(sam, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
+
+
+def _passes_of(closure: Closure) -> Passes | None:
+    if not (isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure"):
+        return None
+    module: Any = closure.args[0] if closure.args else None
+    if not hasattr(module, "automatic_optimization"):  # somebody else's function of that name
+        return None
+    inner = closure.args[-1]
+    if not module.automatic_optimization:
+        return Passes(inner, closure, closure, empty=getattr(inner, "__name__", "") == "do_nothing_closure")
+    if _is_forward_only(module.trainer):
+
+        def skip() -> None:
+            inner()
+
+        return Passes(skip, skip, skip, by_trainer=True)
+    in_mixin = getattr(module, "_in_optimizer_step", None)  # None of a module without SAMMixin, which checks itself
+    if in_mixin is None:
+        _check_automatic(module)
+    elif not in_mixin:
+        raise RuntimeError(
+            f"{type(module).__name__}.optimizer_step goes past SAMMixin's: call super().optimizer_step(epoch, "
+            "batch_idx, optimizer, optimizer_closure) in the place of optimizer.step(closure=optimizer_closure)"
+        )
+    return Passes(inner, closure, closure, by_trainer=True)
+
+
+def _is_forward_only(trainer: Any) -> bool:
+    """Whether StochasticWeightAveraging only wants BatchNorm's statistics: there is no gradient then."""
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def _check_automatic(module: Any) -> None:
+    """Checks what automatic optimization would run at w and at w + e_w.
+
+    Raises:
+        RuntimeError: the trainer adds up gradients over several batches; or training_step fetches its batches.
+    """
+    if (batches := module.trainer.accumulate_grad_batches) > 1:
+        raise RuntimeError(
+            f"accumulate_grad_batches={batches} can't work with automatic optimization: Lightning ran the earlier "
+            "batches of this step at w and won't run them again at w + e_w. Use manual optimization, as "
+            "examples/train_lightning.py does, or larger batches"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise RuntimeError(
+            "training_step(dataloader_iter) can't work with automatic optimization: its second run, at w + e_w, would "
+            "fetch another batch. Use training_step(batch, batch_idx), or manual optimization"
+        )
+
+
+def _advice(in_scaler_step: bool) -> str:
+    if not in_scaler_step:
+        return ""
+    return (
+        ". Lightning's automatic optimization in 16-mixed runs its closure only once: it needs "
+        "fastsam.lightning.SAMMixin before LightningModule, and super().optimizer_step() where you override it. "
+        "Manual optimization needs first_step(), as in examples/train_lightning.py"
+    )
+
+
+def _warn_of_double_counting(sam: object) -> None:
+    """Under manual optimization ``step`` counts itself; some code for davda54/sam counts around it too.
+
+    Args:
+        sam: a FusedSAM, or Lightning's wrapper, in which Lightning's loop puts its hooks.
+    """
+    loop = getattr(vars(sam).get("_on_before_step"), "__self__", None)
+    if loop is not None and loop.optim_step_progress.total.ready > loop.optim_step_progress.total.completed:
+        tell_once(
+            "double counting",
+            "_on_before_step() was called before second_step(), which calls it itself: global_step counts each step "
+            "twice, and max_steps ends training after half of them. Leave _on_before_step() and _on_after_step() out",
+        )
+
+
+TRAINER = Trainer(_passes_of, _advice, _warn_of_double_counting)
+"""For the core; see `fastsam.closures`."""

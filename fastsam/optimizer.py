@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
@@ -16,41 +15,23 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from fastsam import amp, closures
-from fastsam.arguments import COUNTER, ContextFactory, bind, check_one_pass, signature
+from fastsam import amp, closures, misuse
+from fastsam.arguments import ContextFactory, bind, signature
 from fastsam.closures import Closure, Passes
 from fastsam.compiler import compiled, uncompiled
-from fastsam.device import capturing
-from fastsam.direction import GRADIENT, Direction, keeps_other_state, momentum_of
+from fastsam.direction import GRADIENT, momentum_of
 from fastsam.distributed import local
-from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients, after_zero_grad, around_step
-from fastsam.layout import Layout, flatten_groups, gradient_norm, no_gradient_error
+from fastsam.freshness import ClearingWatch, PlainStep, after_zero_grad, around_step
+from fastsam.layout import flatten_groups, gradient_norm, no_gradient_error
 from fastsam.notices import tell_once
+from fastsam.options import COUNTER, check_one_pass
+from fastsam.state import State
 from fastsam.wrapper import OptimizerWrapper, or_default
 
 __all__ = ["SAM", "FusedSAM"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class _State:
-    """All that changes while training, in one object: wrappers copy an optimizer's attributes and set their own."""
-
-    def __init__(self, backend: str | None, direction: Direction) -> None:
-        self.perturbed = False
-        self.perturbing = False
-        self.layout = Layout(backend, direction)
-        self.stale = StaleGradients()
-        self.loss_scale: Tensor | None = None
-        self.announced: PlainStep | None = None  # what first_step() returned False on
-        self.clearing: ClearingWatch | None = None
-        self.rehearsed = False
-        self.clears = False  # second_step() will, so that there is nothing to mark
-        self.watched = False  # a closure that ran once; see `FusedSAM._call_above`
-        self.stepping = False  # step() is under way
-        self.witness: tuple[Tensor, int] | None = None  # a weight, and its version once it was perturbed
-        self.clippable = False  # the gradients, to Lightning
 
 
 class FusedSAM(OptimizerWrapper):
@@ -128,7 +109,7 @@ class FusedSAM(OptimizerWrapper):
         that is not finite perturbs nothing.
     """
 
-    _state: _State
+    _state: State
 
     @overload
     def __init__(
@@ -171,7 +152,7 @@ class FusedSAM(OptimizerWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = bind(*args, **kwargs)
         base = arguments.base_optimizer
-        _restore_left_perturbed(base)
+        misuse.restore_left_perturbed(base)
         self.__setstate__(
             {
                 "base_optimizer": base,
@@ -290,7 +271,7 @@ class FusedSAM(OptimizerWrapper):
         Raises:
             RuntimeError: not perturbed, on a step that is a SAM step.
         """
-        closures.warn_of_double_counting(self)
+        closures.before_second_step(self)
         state = self._state
         state.clears = zero_grad
         try:
@@ -399,7 +380,7 @@ class FusedSAM(OptimizerWrapper):
                     "the gradients again before step() or second_step(), or pass step() a closure"
                     + closures.advice(amp.in_scaler_step(self))
                 )
-            self._check_second_pass()
+            misuse.check_second_pass(self._state, self.param_groups, self.direction == "momentum")
             if passes is not None:
                 self._call(passes.plain)  # for the trainer's hooks
             return None, True
@@ -409,7 +390,7 @@ class FusedSAM(OptimizerWrapper):
                 "computes any. Use FusedSAM(..., grad_scaler=scaler) and sam.step(closure), or first_step(), a second "
                 "backward and scaler.step(sam)"
             )
-        self._check_lost()
+        misuse.check_lost(self._lost, self.grad_scaler, self.first_pass_context)
         if self.direction == "momentum":
             return self._run_only_pass(passes)
         loss, taken = None, False
@@ -463,38 +444,6 @@ class FusedSAM(OptimizerWrapper):
                 "the last step: call loss.backward() before step(closure), or use closure_passes='two'"
             )
         return fresh
-
-    def _check_second_pass(self) -> None:
-        """Looks at what a loop in two calls did between them."""
-        state = self._state
-        if state.announced is not None and state.announced.doubled:
-            raise RuntimeError(
-                "a second gradient was added to that of a plain step, which first_step() had announced by returning "
-                "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
-                "sam.is_sam_step before the second pass"
-            )
-        momentum = self.direction == "momentum"
-        if (state.perturbed or momentum) and all(p.grad is None for p in self._parameters()):
-            tell_once(
-                "no second gradient",
-                "second_step() found no gradient, so the base optimizer has nothing to step by: after "
-                "first_step(zero_grad=True) compute the loss and call backward() "
-                + ("whatever it returned, with direction='momentum'" if momentum else "again, at w + e_w"),
-            )
-
-    def _check_lost(self) -> None:
-        """What pickle leaves behind, a closure can't do without."""
-        if "grad_scaler" in self._lost and self.grad_scaler is None:
-            raise RuntimeError(
-                "this FusedSAM comes from a pickle, which leaves grad_scaler behind, so the scale of the gradients is "
-                "not known: set sam.grad_scaler = scaler (GradScaler(enabled=False) where there is none any more)"
-            )
-        if "first_pass_context" in self._lost and self.first_pass_context is None:
-            tell_once(
-                "first_pass_context",
-                "this FusedSAM comes from a pickle, which leaves first_pass_context behind: set it again, or the first "
-                "pass runs without it",
-            )
 
     def _call_above(self, closure: Closure) -> Any:
         """Runs a closure once, at w + e_w, by the gradients that were there; says so where it seems to be a mistake."""
@@ -552,7 +501,7 @@ class FusedSAM(OptimizerWrapper):
             if not there:
                 state.layout.release()
         if self.direction == "momentum":
-            self._check_momentum(there)
+            misuse.check_momentum(state, self.base_optimizer, self._parameters(), self._steps, there)
         elif not there:
             raise no_gradient_error()
         if not there:
@@ -575,31 +524,6 @@ class FusedSAM(OptimizerWrapper):
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
         return True
-
-    def _check_momentum(self, there: bool) -> None:
-        """Looks at a step along the momentum, which is or isn't there: it must not stay plain in silence."""
-        state, params, name = self._state, self._parameters(), type(self.base_optimizer).__name__
-        if there:
-            if not state.watched and state.stale.any_fresh(params):
-                tell_once(
-                    "a gradient at w",
-                    "direction='momentum' needs no gradient at w, but a backward ran before first_step() or "
-                    "step(closure): leave it out, and compute the only gradient of a step at w + e_w",
-                )
-            state.watched = True
-        elif keeps_other_state(self.base_optimizer, params):
-            raise RuntimeError(
-                f"direction='momentum' finds neither momentum_buffer nor exp_avg in the state of {name}: use "
-                "torch.optim.SGD(..., momentum=0.9), Adam or AdamW as the base optimizer, or direction='gradient'"
-            )
-        elif any(map(capturing, {p.device for p in params})):
-            raise RuntimeError("there is no momentum yet, and a CUDA graph is being captured: take a step before")
-        elif self._steps > 0:
-            tell_once(
-                "no momentum",
-                f"direction='momentum' finds no momentum yet, after {self._steps} steps, so this one is plain. That is "
-                f"right where a GradScaler skipped them; else {name} does not keep its momentum in its state",
-            )
 
     @torch.no_grad()  # an exception may come from where gradients are enabled
     def _restore(self) -> None:
@@ -630,14 +554,14 @@ class FusedSAM(OptimizerWrapper):
 
     def _start(self) -> None:
         direction = momentum_of(self.base_optimizer) if self.direction == "momentum" else GRADIENT
-        state = self._state = _State(self._backend, direction)
+        state = self._state = State(self._backend, direction)
         after_zero_grad(self.base_optimizer, self._after_zero_grad)
         around_step(self.base_optimizer, self._before_base_step, self._after_base_step)
         if self.closure_passes != "one":
             self._mark_stale()
-        _alive.add(self)
+        misuse.alive.add(self)
         # Not __del__: Lightning's wrapper inherits from this class, and is collected while the step goes on.
-        weakref.finalize(self, _restore_collected, state).atexit = False
+        weakref.finalize(self, misuse.restore_collected, state).atexit = False
 
     def _mark_stale(self, params: list[Tensor] | None = None) -> None:
         self._state.stale.mark(self._parameters() if params is None else params)
@@ -695,35 +619,3 @@ class SAM(FusedSAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
-
-
-_alive: weakref.WeakSet[FusedSAM] = weakref.WeakSet()
-
-
-def _restore_left_perturbed(base: Optimizer) -> None:
-    """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
-    params = {id(p) for group in base.param_groups for p in group["params"]}
-    for sam in list(_alive):
-        if sam.perturbed and any(id(p) in params for p in sam._parameters()):
-            sam.restore()
-            warnings.warn(
-                "an earlier FusedSAM had left these weights perturbed (w + e_w), as an interrupted loop does: they are "
-                "restored. `with sam:` around the loop restores by itself",
-                stacklevel=3,
-            )
-
-
-@torch.no_grad()
-def _restore_collected(state: _State) -> None:
-    """Of a FusedSAM that nobody holds any more: restores, unless somebody wrote to the weights since."""
-    if not state.perturbed:
-        return
-    untouched = state.witness is not None and state.witness[0]._version == state.witness[1]
-    if untouched:
-        state.layout.restore()
-    warnings.warn(
-        "a FusedSAM was deleted while the weights were perturbed (w + e_w): they "
-        + ("are restored" if untouched else "stay so, since something else has written to them")
-        + ". `with sam:` around the loop restores by itself",
-        stacklevel=2,
-    )

@@ -12,10 +12,12 @@ from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from fastsam.arguments import (
+from fastsam.arguments import ContextFactory
+from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
+from fastsam.layout import flatten_groups
+from fastsam.options import (
     COUNTER,
     OPTIONS,
-    ContextFactory,
     check_group,
     check_interval,
     check_one_pass,
@@ -24,8 +26,6 @@ from fastsam.arguments import (
     check_start,
     complete_group,
 )
-from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
-from fastsam.layout import flatten_groups
 
 __all__ = ["OptimizerWrapper", "or_default"]
 

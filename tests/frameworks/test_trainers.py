@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ def closure_of(module, model, sam):
 
 def test_composers_trainer_is_told_from_its_closure_once(monkeypatch):
     monkeypatch.setattr(notices, "told", set())
+    if "composer" not in sys.modules:  # as it is where its Trainer runs
+        monkeypatch.setitem(sys.modules, "composer", types.ModuleType("composer"))
     model, sam = make()
     closure = closure_of("composer.trainer.trainer", model, sam)
     with pytest.warns(UserWarning, match=r"use fastsam\.composer\.SAM"):
