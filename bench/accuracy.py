@@ -25,7 +25,7 @@ from fastsam.demo.methods import CONDITIONS, GRIDS, Condition, Values
 from fastsam.demo.training import CLASSES, Data, Method, accuracy, digits, split, train
 
 EPOCHS = 30
-TUNING_SEEDS = {"digits": range(1000, 1010), "mnist": range(1000, 1004)}
+TUNING_SEEDS = {"digits": range(1000, 1004), "mnist": range(1000, 1004)}
 SEEDS = {"digits": 16, "mnist": 10}
 WHERE = {"digits": CONDITIONS, "mnist": CONDITIONS[1:]}
 """With wrong labels on both, with the true ones on digits alone."""

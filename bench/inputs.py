@@ -60,16 +60,17 @@ def set_gradients(params: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -
 
 
 class Turn:
-    """A contestant and the gradients that it meets in turn."""
+    """A contestant and the gradients that it meets in turn: at each measurement other ones than at the last."""
 
     def __init__(self, contestant: Contestant, gradients: Sequence[Sequence[Tensor]], first: int = 0) -> None:
         self.contestant = contestant
         self.gradients = gradients
-        self.first = first
+        self.next = first
         self.run = contestant.run
 
-    def prepare(self, turn: int) -> None:
-        set_gradients(self.contestant.params, self.gradients[(self.first + turn) % len(self.gradients)])
+    def prepare(self) -> None:
+        set_gradients(self.contestant.params, self.gradients[self.next % len(self.gradients)])
+        self.next += 1
 
 
 def oracle_scale(weights: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, adaptive: bool) -> Tensor:

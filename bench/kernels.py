@@ -84,7 +84,7 @@ def kernel_seconds(turn: Turn) -> dict[str, list[float]]:
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     found: dict[str, list[float]] = {}
     for i in range(3 + ROUNDS):
-        turn.prepare(i)
+        turn.prepare()
         flush.zero_()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

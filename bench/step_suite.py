@@ -42,8 +42,8 @@ def enter(kind: type[Contestant], inputs: Inputs, setting: Setting) -> tuple[Con
         nonlocal contestant
         contestant = kind(params, inputs.rho, setting.adaptive)
         turn = Turn(contestant, inputs.gradients)
-        for i in range(2):
-            turn.prepare(i)
+        for _ in range(2):
+            turn.prepare()
             turn.run()
 
     extra = extra_memory(two_steps, setting.device)
@@ -51,8 +51,8 @@ def enter(kind: type[Contestant], inputs: Inputs, setting: Setting) -> tuple[Con
     check(contestant, inputs.gradients[0], inputs.scales[0])
     found: Row = {"extra_bytes": extra}
     if setting.device.type == "cuda":
-        turn = Turn(contestant, inputs.gradients)
-        turn.prepare(1)  # other addresses than the check's, as in every step that is timed
+        turn = Turn(contestant, inputs.gradients, first=1)
+        turn.prepare()  # other addresses than the check's, as in every step that is timed
         found["launches"] = count_launches(turn.run)
     return contestant, found
 

@@ -15,7 +15,7 @@ MAX_HEAD_START = 0.1  # seconds
 
 
 class Timed(Protocol):
-    def prepare(self, turn: int) -> None:
+    def prepare(self) -> None:
         """What a measurement needs beforehand; not timed."""
 
     def run(self) -> None:
@@ -36,8 +36,8 @@ class Samples:
 
 
 class CpuClock:
-    def measure(self, contestant: Timed, turn: int, samples: Samples) -> None:
-        contestant.prepare(turn)
+    def measure(self, contestant: Timed, samples: Samples) -> None:
+        contestant.prepare()
         start = time.perf_counter_ns()
         contestant.run()
         samples.wall.append((time.perf_counter_ns() - start) * 1e-9)
@@ -55,8 +55,8 @@ class CudaClock:
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
-    def measure(self, contestant: Timed, turn: int, samples: Samples) -> None:
-        contestant.prepare(turn)
+    def measure(self, contestant: Timed, samples: Samples) -> None:
+        contestant.prepare()
         self.flush.zero_()
         torch.cuda.synchronize()
         start = time.perf_counter_ns()
@@ -65,7 +65,7 @@ class CudaClock:
         wall = (time.perf_counter_ns() - start) * 1e-9
         samples.wall.append(wall)
 
-        contestant.prepare(turn)
+        contestant.prepare()
         self.flush.zero_()
         torch.cuda._sleep(int(min(1.5 * wall, MAX_HEAD_START) * CYCLES_PER_SECOND))
         self.start.record()
@@ -99,7 +99,7 @@ def interleave(
         shuffle(order)
         for name in order:
             on_turn(name)
-            clock.measure(contestants[name], turn, Samples() if turn == 0 else samples[name])
+            clock.measure(contestants[name], Samples() if turn == 0 else samples[name])
     return samples
 
 

@@ -1,4 +1,6 @@
-"""Whole training steps: the base optimizer alone, SAM at several intervals, the first pass on part of a batch."""
+"""Whole training steps: the base optimizer alone, SAM at several intervals, the first pass on part of a batch, along
+the momentum, and without the native library.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -34,7 +36,7 @@ class Trainer:
     batches: Iterator[Batch]
     step: Callable[["Trainer", Tensor, Tensor], None]
 
-    def prepare(self, turn: int) -> None:
+    def prepare(self) -> None:
         pass
 
     def run(self) -> None:
@@ -63,6 +65,13 @@ def sam_step(share: float = 1.0) -> Callable[[Trainer, Tensor, Tensor], None]:
         trainer.optimizer.second_step()
 
     return step
+
+
+def momentum_step(trainer: Trainer, x: Tensor, y: Tensor) -> None:
+    trainer.optimizer.zero_grad()
+    trainer.optimizer.first_step()
+    trainer.backward(x, y)
+    trainer.optimizer.second_step()
 
 
 def peer_step(trainer: Trainer, x: Tensor, y: Tensor) -> None:
@@ -99,6 +108,8 @@ def trainers(name: str, device: torch.device) -> dict[str, Trainer]:
         found[f"interval={interval}"] = trainer(fused, sam_step(), interval=interval)
     for share in (0.5, 0.25):
         found[f"first pass on {share:.0%}"] = trainer(fused, sam_step(share))
+    found["along the momentum"] = trainer(fused, momentum_step, direction="momentum")
+    found["interval=1, foreach backend"] = trainer(fused, sam_step(), backend="foreach")
     return found
 
 

@@ -59,10 +59,10 @@ class Ascent:
                     "rho, epsilon or adaptive changed between the last step and the capture of a CUDA graph: take a "
                     "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
                 )
-            self._host = None  # an upload may fail
-            upload(self.rho, torch.tensor(host[0], dtype=self.dtype, device="cpu"))
-            upload(self.epsilon, torch.tensor(epsilon, dtype=self.dtype, device="cpu"))
-            upload(self.adaptive, torch.tensor(adaptive, dtype=torch.int32, device="cpu"))
+            before, self._host = self._host or ([], [], []), None  # an upload may fail
+            for target, values, old in zip((self.rho, self.epsilon, self.adaptive), host, before, strict=True):
+                if values != old:
+                    upload(target, torch.tensor(values, dtype=target.dtype, device="cpu"))
             self.groups_adaptive = tuple(adaptive)
             self._host = host
         for i, r in on_device:
