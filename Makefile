@@ -26,8 +26,11 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: test demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
+.PHONY: help test demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 test: setup
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile

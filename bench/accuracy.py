@@ -97,8 +97,9 @@ def tune(name: str) -> Values:
 
 
 def measure(name: str, seeds: int) -> list[dict[str, object]]:
-    """A row for each method and condition."""
-    cells = [(c, title, m) for c in WHERE[name] for title, m in methods.tuned(CHOSEN[name], c).items()]
+    """A row for each method and condition; tunes first where nothing was chosen yet."""
+    chosen = CHOSEN[name] or tune(name)
+    cells = [(c, title, m) for c in WHERE[name] for title, m in methods.tuned(chosen, c).items()]
     start = time.perf_counter()
     found = run_all([(name, c, m, seed, False) for c, _, m in cells for seed in range(seeds)], f"Training on {name}")
     print(f"{name}: {time.perf_counter() - start:.0f} s")

@@ -48,13 +48,13 @@ Values = dict[str, tuple[float, ...]]
 """What was chosen for each method, under each of `CONDITIONS`, or of the last of them."""
 
 CHOSEN: Values = {
-    "SGD, weight decay": (0.001, 0.01, 0.01),
-    "SAM": (0.2, 0.2, 0.2),
-    "SAM, interval=5": (0.4, 0.4, 0.4),
-    "SAM, quarter of the batch": (0.2, 0.2, 0.2),
-    "SAM, last 30 %": (0.2, 0.2, 0.2),
-    "SAM, last half, interval=2": (0.2, 0.2, 0.2),
-    "Momentum-SAM": (0.8, 1.1, 1.1),
+    "SGD, weight decay": (0.003, 0.01, 0.003),
+    "SAM": (0.2, 0.2, 0.05),
+    "SAM, interval=5": (0.4, 0.8, 0.4),
+    "SAM, quarter of the batch": (0.4, 0.4, 0.1),
+    "SAM, last 30 %": (0.4, 0.8, 0.4),
+    "SAM, last half, interval=2": (0.4, 0.8, 0.4),
+    "Momentum-SAM": (0.8, 1.4, 1.1),
 }
 """On digits, by `python -m bench.accuracy --tune`, with seeds that are used for nothing else."""
 

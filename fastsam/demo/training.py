@@ -93,7 +93,6 @@ def train(
     epochs: int,
     seed: int,
     decay: bool = False,
-    on_epoch: Callable[[], object] = lambda: None,
 ) -> nn.Module:
     """Trains a new network; initial weights and order of the batches follow from `seed`, whatever the method.
 
@@ -103,7 +102,6 @@ def train(
         epochs: passes over the training images.
         seed: of the initial weights and of the order of the batches.
         decay: lets the learning rate fall to 0 along a cosine; else it is constant.
-        on_epoch: called after each epoch.
 
     Returns:
         The network, in evaluation mode.
@@ -118,7 +116,6 @@ def train(
             step(method, model, optimizer, data.images[batch], data.labels[batch])
             if scheduler is not None:
                 scheduler.step()
-        on_epoch()
     return model.eval()
 
 
