@@ -90,7 +90,7 @@ def cpu_library() -> setuptools.Extension:
 
     return CppExtension(
         name="fastsam._C",
-        sources=["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        sources=[*sorted(glob.glob("csrc/*.cpp")), *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
         extra_compile_args=CXX_FLAGS,
         py_limited_api=True,  # torch then defines Py_LIMITED_API and leaves libtorch_python out

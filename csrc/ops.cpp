@@ -15,6 +15,7 @@
 
 #include "arguments.h"
 #include "cpu/sam_cpu.h"
+#include "survey.h"
 
 namespace {
 
@@ -117,31 +118,6 @@ void restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor 
         bucket, data<void>(backup, backup.scalar_type(), fastsam::cpu::backup_size(bucket), "backup"));
 }
 
-// Whether tensors lie in memory as `layouts` says, int64: of each its dtype, number of dimensions, sizes and strides. If so,
-// writes their addresses to `table`. 0: they do not; 1: they do, at the addresses that were there; 2: at others.
-int64_t survey(std::vector<Tensor> tensors, Tensor layouts, Tensor table) {
-  const int64_t* expected = data<const int64_t>(layouts, ScalarType::Long, 0, "layouts");
-  const int64_t* end = expected + layouts.numel();
-  int64_t* addresses = data<int64_t>(table, ScalarType::Long, static_cast<int64_t>(tensors.size()), "table");
-  for (const Tensor& t : tensors) {
-    const int64_t dims = t.dim();
-    if (end - expected < 2 + 2 * dims || expected[0] != static_cast<int64_t>(t.scalar_type()) || expected[1] != dims)
-      return 0;
-    const auto sizes = t.sizes();
-    const auto strides = t.strides();
-    for (int64_t i = 0; i < dims; ++i)
-      if (sizes[i] != expected[2 + i] || strides[i] != expected[2 + dims + i]) return 0;
-    expected += 2 + 2 * dims;
-  }
-  int64_t found = 1;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t address = reinterpret_cast<int64_t>(tensors[i].const_data_ptr());
-    if (addresses[i] != address) found = 2;
-    addresses[i] = address;
-  }
-  return found;
-}
-
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fastsam::cpu::instruction_set()); }
 
 PyMethodDef methods[] = {
@@ -163,13 +139,9 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
       "perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tensor norm, Tensor scale, "
       "Tensor(a!) backup, Tensor(b!) saved, int generation) -> ()");
-  m.def("survey(Tensor[] tensors, Tensor layouts, Tensor(a!) table) -> int");
   m.def(
       "restore(Tensor chunks, Tensor weights, Tensor grads, Tensor backup, Tensor saved, int generation) -> ()");
 }
-
-// Reads no element, so it serves every device.
-STABLE_TORCH_LIBRARY_IMPL(fastsam, CompositeExplicitAutograd, m) { m.impl("survey", TORCH_BOX(&survey)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("norm", TORCH_BOX(&norm));
@@ -178,4 +150,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("restore", TORCH_BOX(&restore));
 }
 
-PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C(void) {
+  PyObject* made = PyModule_Create(&module);
+  if (made != nullptr && fastsam::add_survey(made) != 0) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsam.device import capturing, upload
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import is_dtensor, local, local_grad
-from fastsam.survey import layouts_of, native
+from fastsam.survey import Places, native
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 
@@ -78,21 +78,21 @@ class PointerTable:
             self._host[:] = found
         self._updated(changed)
 
-    def take(self, tensors: list[Tensor], layouts: Tensor) -> bool:
+    def take(self, tensors: list[Tensor | None], like: list[Tensor]) -> bool:
         """Does as `update` with the tensors' addresses, by the native library.
 
         Args:
-            tensors: plain strided ones, as many as at construction.
-            layouts: those that are expected, of `survey.layouts_of`.
+            tensors: as many as at construction; None: there is none.
+            like: one for each, which it must equal in dtype, device, shape and strides.
 
         Returns:
-            False, and nothing is done, where they lie otherwise, or where it takes `update`.
+            False, and nothing is done, where one does not, or is no plain tensor; or where it takes `update`.
         """
-        survey = native()
-        if survey is None or capturing(self._eager.device):
+        library = native()
+        if library is None or capturing(self._eager.device):
             return False
         behind, self._behind = self._behind, True  # whatever interrupts
-        found = survey(tensors, layouts, self._view)
+        found = library.survey(tensors, like, self._view)
         if found == 0:
             self._behind = behind
             return False
@@ -175,7 +175,6 @@ class ParameterBucket:
         self.dtype = self.params[0].dtype
         self._any_dtensor = any(map(is_dtensor, self.params))
         shards = self._shards()
-        self._sources = [p.data_ptr() for p in shards]
         self._sizes = [p.numel() for p in shards]
         self._dtypes = [self.dtype] * len(shards)
         _check_memory(shards, self.names)
@@ -188,8 +187,9 @@ class ParameterBucket:
         ]
         self._views = [(w.shape, w.stride()) for w in self.weights]
         self._grad_strides = [w.stride() for w in self.weights]
-        self._laid_out_for = _layouts(self._shards())
-        self._grad_layouts: Tensor | None = None
+        self._places = Places(shards)
+        self._conformed = False
+        self._laid_out_for = _layouts(shards)
         self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
 
         pointers = [w.data_ptr() for w in self.weights]
@@ -210,16 +210,11 @@ class ParameterBucket:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
-        return list(map(Tensor.data_ptr, self._shards())) != self._sources
+        return self._places.left(self._shards())
 
     def restorable(self) -> bool:
-        """Whether the parameters are still what was perturbed: a freed address may come again with another dtype."""
-        shards = self._shards()
-        return (
-            list(map(Tensor.data_ptr, shards)) == self._sources
-            and list(map(Tensor.numel, shards)) == self._sizes
-            and [p.dtype for p in shards] == self._dtypes
-        )
+        """Whether the parameters are still what was perturbed, whatever their shapes."""
+        return self._places.hold(self._shards())
 
     def gather(self) -> bool:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
@@ -236,28 +231,18 @@ class ParameterBucket:
             grads = [local_grad(p, self.direction.of(p), name) for p, name in pairs]
         else:
             grads = list(map(self.direction.of, self.params))
-        if not self._take(grads):
+        if not (self.grad_table.take(grads, self.weights) and not self._any_negated(grads)):
             present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
-            if self._grad_layouts is None or not self._fit(cast("list[Tensor]", present)):
+            if not self._conformed or not self._fit(cast("list[Tensor]", present)):
                 if _layouts(self._shards()) != self._laid_out_for:
                     return False
                 grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
-                self._grad_layouts = layouts_of(self.dtype, [w.shape for w in self.weights], self._grad_strides)
+                self._conformed = True
             self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         self.grads = grads
         for i in self._staged:
             self.weights[i].copy_(local(self.params[i]))
         return True
-
-    def _take(self, grads: list[Tensor | None]) -> bool:
-        """Whether the native library found all gradients to lie as their parameters do, and took their addresses."""
-        if self._grad_layouts is None or set(map(type, grads)) != {Tensor}:
-            return False
-        plain = cast("list[Tensor]", grads)
-        try:
-            return self.grad_table.take(plain, self._grad_layouts) and not self._any_negated(plain)
-        except RuntimeError:  # a sparse gradient has no strides
-            return False
 
     def release(self) -> None:
         """Lets go of the gradients: only the ascent needs them."""
@@ -282,6 +267,10 @@ class ParameterBucket:
     def live(self) -> list[int]:
         """The slots that had a gradient in the last ascent: those that are perturbed, and restored."""
         return [i for i, pointer in enumerate(self.grad_table.pointers) if pointer]
+
+    def first_live(self) -> int | None:
+        """One of `live`; None where there is none."""
+        return 0 if self.grad_table.complete else next(iter(self.live()), None)
 
     def terms(self) -> list[tuple[int, Tensor, Tensor]]:
         """(group, w, g) of every live slot."""
@@ -342,14 +331,15 @@ class ParameterBucket:
                 [g.dtype for g in grads] == self._dtypes
                 and list(map(Tensor.numel, grads)) == self._sizes
                 and list(map(Tensor.stride, grads)) == self._grad_strides
+                and (self.direction is GRADIENT or all(g.device == self.device for g in grads))
                 and not self._any_negated(grads)
             )
         except RuntimeError:  # a sparse gradient has no strides
             return False
 
-    def _any_negated(self, grads: Sequence[Tensor]) -> bool:
+    def _any_negated(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether one is lazily negated: a view, which has its parameter's strides only where it has one element."""
-        return any(grads[i].is_neg() for i in self._single)
+        return any(g.is_neg() for i in self._single if (g := grads[i]) is not None)
 
     def _conform(self, i: int, g: Tensor) -> Tensor:
         """The gradient of slot i, checked, in its weight's strides."""

@@ -135,9 +135,8 @@ class Layout:
     def witness(self) -> tuple[Tensor, int] | None:
         """One of the parameters that the last ascent moved, and its version; None where it moved none."""
         for _, bucket in self.buckets:
-            for p, pointer in zip(bucket.params, bucket.grad_table.pointers, strict=True):
-                if pointer:
-                    return p, p._version
+            if (i := bucket.first_live()) is not None:
+                return bucket.params[i], bucket.params[i]._version
         return None
 
     def release(self) -> None:
