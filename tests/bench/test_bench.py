@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -304,6 +306,39 @@ def test_table_refreshes_of_a_step() -> None:
         sam.restore()
     assert bucket.grad_table.refreshes == grads + 5
     assert sam._state.layout.buckets[0][1] is bucket
+
+
+def python_calls(tensors: int) -> tuple[Counter[str], Counter[str]]:
+    """Of one step: calls of fastsam's functions, and what these call that is written in C."""
+    sam = fastsam.FusedSAM([torch.nn.Parameter(torch.ones(64)) for _ in range(tensors)], EmptyBase, backend="cpp")
+    take = steps(sam, turns=1)
+    folder = str(Path(fastsam.__file__).parent)
+    ours: Counter[str] = Counter()
+    in_c: Counter[str] = Counter()
+
+    def look(frame: FrameType, event: str, what: Any) -> None:
+        name = frame.f_code.co_name
+        if not frame.f_code.co_filename.startswith(folder):
+            return
+        if event == "call" and not name.startswith("<"):  # newer Pythons inline comprehensions
+            ours[name] += 1
+        if event == "c_call":
+            in_c[what.__name__] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    take()
+    sys.setprofile(before)
+    return ours, in_c
+
+
+def test_python_calls_of_a_step() -> None:
+    """None for each tensor, but the mark on its gradient."""
+    few, few_in_c = python_calls(4)
+    many, many_in_c = python_calls(40)
+    assert few == many
+    assert sum(few.values()) == 58
+    assert many_in_c - few_in_c == {"setattr": 36}
 
 
 COUNT_REGIONS = """

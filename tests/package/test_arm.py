@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 
 
-@pytest.mark.parametrize("source", ["csrc/ops.cpp", "csrc/cpu/sam_cpu.cpp"])
+@pytest.mark.parametrize("source", ["csrc/ops.cpp", "csrc/survey.cpp", "csrc/cpu/sam_cpu.cpp"])
 def test_it_compiles_and_contracts_nothing(source, tmp_path):
     """Arm has a fused multiply-add in its baseline: the flag that forbids it counts there as nowhere else."""
     if shutil.which(COMPILER) is None:
