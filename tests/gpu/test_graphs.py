@@ -29,13 +29,13 @@ class Elementwise(nn.Module):
 class Training:
     """A model, its SAM around a capturable optimizer, and one whole step of it on fixed addresses."""
 
-    def __init__(self, backend, adaptive=False, sizes=SIZES):
+    def __init__(self, backend, adaptive=False, sizes=SIZES, **options):
         self.model = Elementwise(sizes).to(DEVICE)
         self.x = torch.ones((), device=DEVICE)
         self.rho = torch.tensor(0.05, device=DEVICE)
         self.lr = torch.tensor(1e-2, device=DEVICE)
         base = torch.optim.Adam(self.model.parameters(), lr=self.lr, capturable=True)
-        self.sam = FusedSAM(base, rho=self.rho, adaptive=adaptive, backend=backend)
+        self.sam = FusedSAM(base, rho=self.rho, adaptive=adaptive, backend=backend, **options)
 
     def step(self):
         self.first_half()
@@ -123,6 +123,39 @@ def test_two_graphs_of_one_optimizer(trainings):
         for training in trainings:
             training.set(*settings)
         graphs[i % 2].replay()
+        eager.step()
+        assert same_bits(captured.weights(), eager.weights())
+
+
+class EitherKind(Training):
+    """Takes SAM steps and plain ones."""
+
+    def step(self):
+        along_momentum = self.sam.direction == "momentum"
+        if not along_momentum:
+            self.model(self.x).backward()
+        if self.sam.first_step(zero_grad=True) or along_momentum:
+            self.model(self.x).backward()
+        self.sam.second_step(zero_grad=True)
+
+    def take_sam_steps(self, yes):
+        self.sam.start = 0 if yes else 10**9
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_graph_for_each_kind_of_step(fused_backend, direction):
+    """As `start` and `interval` want it: the host chooses which one it replays."""
+    captured, eager = (EitherKind(fused_backend, direction=direction) for _ in range(2))
+    for training in (captured, eager):
+        training.warm_up()
+    graphs = {}
+    for kind in (True, False):
+        captured.take_sam_steps(kind)
+        graphs[kind] = captured.capture()
+    assert same_bits(captured.weights(), eager.weights())
+    for kind in (False, True, True, False, True):
+        graphs[kind].replay()
+        eager.take_sam_steps(kind)
         eager.step()
         assert same_bits(captured.weights(), eager.weights())
 
