@@ -239,7 +239,7 @@ def test_the_algorithm_by_itself():
     sam.apply(Event.AFTER_LOAD, state, None)
     assert state.optimizers[0] is wrapped
     assert state.scaler is scaler
-    assert sam.state_dict() == {"repr": "SAM(rho=0.3, epsilon=1e-09, interval=4)"}
+    assert sam.state_dict() == {"repr": "SAM(rho=0.3, epsilon=1e-09, interval=4, start=0)"}
 
 
 @pytest.mark.parametrize("options", [{"rho": -0.1}, {"epsilon": float("nan")}, {"interval": 0}])
