@@ -156,7 +156,7 @@ def ascend(sam, params, expected):
     before = [p.detach().clone() for p in params]
     sam.first_step()
     for p, w, g in zip(params, before, expected, strict=True):
-        assert torch.allclose(p.detach(), w + g, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(p.detach(), w + g, rtol=0, atol=2e-6)  # some roundings of numbers up to 5
     sam.restore()
     assert all(map(torch.equal, params, before))
 
