@@ -16,7 +16,7 @@ PyObject* tensor_type = nullptr;
 
 // What is recorded of a tensor, as int64: this, its sizes, its strides.
 struct Place {
-  int64_t address, numel, dtype, ndim;
+  int64_t address, numel, dtype, device, ndim;
 };
 constexpr int64_t kPlace = sizeof(Place) / sizeof(int64_t);
 
@@ -25,16 +25,18 @@ int64_t address_of(const DLTensor& t) { return reinterpret_cast<int64_t>(t.data)
 Place place_of(const DLTensor& t) {
   int64_t numel = 1;
   for (int32_t i = 0; i < t.ndim; ++i) numel *= t.shape[i];
-  return {address_of(t), numel, t.dtype.code << 16 | t.dtype.bits << 8 | t.dtype.lanes, t.ndim};
+  return {address_of(t), numel, t.dtype.code << 16 | t.dtype.bits << 8 | t.dtype.lanes,
+          int64_t(t.device.device_type) << 32 | t.device.device_id, t.ndim};
 }
 
-// Equal but for the strides of dimensions of size 1, which mean nothing.
-bool same_layout(const DLTensor& a, const DLTensor& b) {
-  if (a.dtype.code != b.dtype.code || a.dtype.bits != b.dtype.bits || a.dtype.lanes != b.dtype.lanes ||
-      a.device.device_type != b.device.device_type || a.device.device_id != b.device.device_id || a.ndim != b.ndim)
-    return false;
-  for (int32_t i = 0; i < a.ndim; ++i)
-    if (a.shape[i] != b.shape[i] || (a.shape[i] != 1 && a.strides[i] != b.strides[i])) return false;
+// Whether a tensor lies as the one that was recorded, wherever that is, but for the strides of dimensions of size 1, which
+// mean nothing.
+bool lies_as(const DLTensor& t, const int64_t* recorded) {
+  const Place now = place_of(t), &then = *reinterpret_cast<const Place*>(recorded);
+  if (now.dtype != then.dtype || now.device != then.device || now.ndim != then.ndim) return false;
+  const int64_t *sizes = recorded + kPlace, *strides = sizes + then.ndim;
+  for (int32_t i = 0; i < t.ndim; ++i)
+    if (t.shape[i] != sizes[i] || (sizes[i] != 1 && t.strides[i] != strides[i])) return false;
   return true;
 }
 
@@ -70,21 +72,23 @@ bool counts(Py_ssize_t found, Py_ssize_t wanted) {
 }
 
 PyObject* survey(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-  Table table;
-  if (!counts(n_args, 3) || !read(args[2], args[0], &table) || !read(args[2], args[1], &table)) return nullptr;
-  PyObject *grads = args[0], *weights = args[1];
+  Table places, table;
+  if (!counts(n_args, 3) || !read(args[1], args[0], &places) || !read(args[2], args[0], &table)) return nullptr;
   const Py_ssize_t n = table.end - table.begin;
-  if (!counts(PyList_Size(grads), n) || !counts(PyList_Size(weights), n)) return nullptr;
+  if (!counts(PyList_Size(args[0]), n)) return nullptr;
   std::vector<int64_t> found(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* grad = PyList_GetItem(grads, i);
+    const int64_t* recorded = places.begin;
+    if (places.end - recorded < kPlace) return PyLong_FromLong(0);
+    places.begin += kPlace + 2 * reinterpret_cast<const Place*>(recorded)->ndim;
+    PyObject* grad = PyList_GetItem(args[0], i);
     if (grad == Py_None) continue;
-    DLTensor g, w;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(grad)) != tensor_type || !describe(grad, &g) ||
-        !describe(PyList_GetItem(weights, i), &w) || !same_layout(g, w))
+    DLTensor g;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(grad)) != tensor_type || !describe(grad, &g) || !lies_as(g, recorded))
       return PyLong_FromLong(0);
     found[i] = address_of(g);
   }
+  if (places.begin != places.end) return PyLong_FromLong(0);
   bool changed = false;
   for (Py_ssize_t i = 0; i < n; ++i) {
     changed |= table.begin[i] != found[i];
@@ -131,11 +135,11 @@ PyCFunction fast(F f) {
 
 PyMethodDef methods[] = {
     {"survey", fast(survey), METH_FASTCALL,
-     "survey(grads, weights, table): whether each gradient lies as its weight does, or is None. If so, writes their "
-     "addresses, or 0. Returns 0: they do not, and nothing is written; 1: they do, at the addresses that were there; 2: at "
-     "others."},
+     "survey(grads, places, table): whether each gradient lies as the weight that `record` found, or is None. If so, "
+     "writes their addresses, or 0. Returns 0: they do not, and nothing is written; 1: they do, at the addresses that were "
+     "there; 2: at others."},
     {"record", fast(record), METH_FASTCALL,
-     "record(tensors, places): writes address, number of elements, dtype and layout of each. Returns whether all have "
+     "record(tensors, places): writes address, number of elements, dtype, device and layout of each. Returns whether all have "
      "them, and fill the table."},
     {"unmoved", fast(unmoved), METH_FASTCALL,
      "unmoved(tensors, places, layouts): whether they are as `record` found them; with `layouts`, also in shape and "

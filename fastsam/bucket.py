@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsam.device import capturing, upload
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import is_dtensor, local, local_grad
-from fastsam.survey import Places, native
+from fastsam.survey import Places
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 
@@ -78,21 +78,20 @@ class PointerTable:
             self._host[:] = found
         self._updated(changed)
 
-    def take(self, tensors: list[Tensor | None], like: list[Tensor]) -> bool:
+    def take(self, tensors: list[Tensor | None], like: Places) -> bool:
         """Does as `update` with the tensors' addresses, by the native library.
 
         Args:
             tensors: as many as at construction; None: there is none.
-            like: one for each, which it must equal in dtype, device, shape and strides.
+            like: of tensors that they must equal in dtype, device, shape and strides.
 
         Returns:
             False, and nothing is done, where one does not, or is no plain tensor; or where it takes `update`.
         """
-        library = native()
-        if library is None or capturing(self._eager.device):
+        if capturing(self._eager.device):
             return False
         behind, self._behind = self._behind, True  # whatever interrupts
-        found = library.survey(tensors, like, self._view)
+        found = like.survey(tensors, self._view)
         if found == 0:
             self._behind = behind
             return False
@@ -188,6 +187,7 @@ class ParameterBucket:
         self._views = [(w.shape, w.stride()) for w in self.weights]
         self._grad_strides = [w.stride() for w in self.weights]
         self._places = Places(shards)
+        self._like = Places(self.weights) if self._staged else self._places
         self._conformed = False
         self._laid_out_for = _layouts(shards)
         self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
@@ -231,7 +231,7 @@ class ParameterBucket:
             grads = [local_grad(p, self.direction.of(p), name) for p, name in pairs]
         else:
             grads = list(map(self.direction.of, self.params))
-        if not (self.grad_table.take(grads, self.weights) and not self._any_negated(grads)):
+        if not (self.grad_table.take(grads, self._like) and not self._any_negated(grads)):
             present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
             if not self._conformed or not self._fit(cast("list[Tensor]", present)):
                 if _layouts(self._shards()) != self._laid_out_for:

@@ -34,9 +34,22 @@ class Places:
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._sizes = list(map(Tensor.numel, tensors))
         self._dtypes = list(map(_dtype, tensors))
-        self._table = torch.zeros(sum(4 + 2 * t.dim() for t in tensors), dtype=torch.int64, device="cpu")
+        self._table = torch.zeros(sum(5 + 2 * t.dim() for t in tensors), dtype=torch.int64, device="cpu")
         library = native()
         self._library = library if library is not None and library.record(tensors, self._table) else None
+
+    def survey(self, tensors: list[Tensor | None], table: Tensor) -> int:
+        """By the native library: whether other tensors lie as these, or are None; if so, writes their addresses.
+
+        Args:
+            tensors: as many as recorded.
+            table: int64 ``[n]`` on the CPU, for the addresses; 0 for None.
+
+        Returns:
+            0: they do not, or it can't be told, and nothing is written; 1: they do, at the addresses that were there;
+            2: at others.
+        """
+        return 0 if self._library is None else int(self._library.survey(tensors, self._table, table))
 
     def left(self, tensors: list[Tensor]) -> bool:
         """Whether one of the tensors lies elsewhere by now, or, where the native library tells, otherwise."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fastsam import FusedSAM, bucket, survey
+from fastsam import FusedSAM, survey
 from fastsam.bucket import PointerTable
 from fastsam.survey import Places
 
@@ -18,8 +18,7 @@ native = pytest.mark.skipif(survey.native() is None, reason="needs the native li
 def way(request, monkeypatch):
     """By which of the two it is found out."""
     if request.param == "python":
-        for module in (survey, bucket):
-            monkeypatch.setattr(module, "native", lambda: None)
+        monkeypatch.setattr(survey, "native", lambda: None)
     return request.param
 
 
@@ -91,14 +90,14 @@ def test_gradients_are_taken_where_they_lie_as_their_weights_do(pairs):
     table = PointerTable([7] * len(weights), CPU)
     expected = [0 if g is None else g.data_ptr() for g in grads]
     if all(map(lies_as, grads, weights)):
-        assert table.take(grads, weights)
+        assert table.take(grads, Places(weights))
         assert table.pointers == expected
         refreshes = table.refreshes
-        assert table.take(grads, weights)
+        assert table.take(grads, Places(weights))
         assert table.refreshes == refreshes
         assert table.complete == all(expected)
     else:
-        assert not table.take(grads, weights)
+        assert not table.take(grads, Places(weights))
         assert table.pointers == [7] * len(weights)
 
 
@@ -108,27 +107,29 @@ def test_gradients_are_taken_where_they_lie_as_their_weights_do(pairs):
 )
 def test_what_is_no_gradient_is_not_taken(grad):
     table = PointerTable([7], CPU)
-    assert not table.take([grad], [torch.ones(3)])
+    assert not table.take([grad], Places([torch.ones(3)]))
     assert table.pointers == [7]
 
 
 @native
 def test_misuse_is_an_error_and_no_crash():
     library, one = survey.native(), torch.ones(3)
-    table = torch.zeros(1, dtype=torch.int64)
-    for arguments in [(), ([one], [one]), (one, [one], table), ([one], one, table), ([one], [one], 3)]:
+    table, places = torch.zeros(1, dtype=torch.int64), torch.zeros(7, dtype=torch.int64)
+    assert library.record([one], places)
+    for arguments in [(), ([one], places), (one, places, table), ([one], [one], table), ([one], places, 3)]:
         with pytest.raises(TypeError, match="fastsam: "):
             library.survey(*arguments)
     for wrong in (table.float(), torch.zeros(4, dtype=torch.int64)[::2], torch.zeros(2, dtype=torch.int64), table[:0]):
         with pytest.raises(TypeError, match="fastsam: "):
-            library.survey([one], [one], wrong)
+            library.survey([one], places, wrong)
     with pytest.raises(TypeError, match="fastsam: "):
-        library.survey([one, one], [one], table)
-    for size in (0, 3, 5, 7):  # of the 6 that it takes
-        assert not library.record([one], torch.zeros(size, dtype=torch.int64))
-        assert not library.unmoved([one], torch.zeros(size, dtype=torch.int64), True)
-    places = torch.zeros(6, dtype=torch.int64)
-    assert library.record([one], places)
+        library.survey([one, one], places, table)
+    for size in (0, 3, 6, 8):  # of the 7 that it takes
+        short = torch.zeros(size, dtype=torch.int64)
+        assert not library.record([one], short)
+        assert not library.unmoved([one], short, True)
+        assert not library.survey([one], short, table)
+    assert library.survey([one], places, table) == 2
     assert library.unmoved([one], places, True)
     assert not library.unmoved([], places, True)
     assert not library.unmoved([one, one], places, True)
@@ -138,12 +139,12 @@ def test_misuse_is_an_error_and_no_crash():
 @native
 def test_nothing_is_kept():
     library, one = survey.native(), torch.ones(3)
-    table, places, tensors = torch.zeros(1, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), [one]
+    table, places, tensors = torch.zeros(1, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), [one]
     counts = [sys.getrefcount(x) for x in (one, table, places, tensors, None)]
     for _ in range(1000):
         library.record(tensors, places)
         library.unmoved(tensors, places, True)
-        library.survey(tensors, tensors, table)
+        library.survey(tensors, places, table)
     after = [sys.getrefcount(x) for x in (one, table, places, tensors, None)]
     assert all(abs(n - m) < 100 for n, m in zip(after, counts, strict=True))
 

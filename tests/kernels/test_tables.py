@@ -9,6 +9,7 @@ import torch
 from fastsam import FusedSAM, bucket
 from fastsam.ascent import Ascent
 from fastsam.bucket import PointerTable
+from fastsam.survey import Places
 
 CPU = torch.device("cpu")
 A, B, C = [2**47 + 16, 0, 2**62 + 1], [0, 64, 2**63 - 1], [1, 2, 3]
@@ -39,7 +40,7 @@ def test_an_upload_that_failed_is_made_up_for(monkeypatch, native):
         raise RuntimeError("out of memory")
 
     def gather():
-        if not (native and table.take(tensors, tensors)):
+        if not (native and table.take(tensors, Places(tensors))):
             table.update(pointers)
 
     monkeypatch.setattr(bucket, "upload", fails)
