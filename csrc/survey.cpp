@@ -1,5 +1,5 @@
 // Python functions that look at lists of tensors, by the table of C functions that DLPack defines and torch >= 2.11 has:
-// it tells of a Python tensor without an allocation. An operator over Tensor[] would take ten times as long.
+// it tells of a Python tensor without an allocation, where an operator over Tensor[] makes three for each.
 #include "survey.h"
 
 #undef TORCH_TARGET_VERSION  // torch keeps its headers from stable code, but this one is DLPack's, in C
@@ -120,7 +120,8 @@ PyObject* unmoved(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
     if (!describe(PyList_GetItem(args[0], i), &t) || places.end - places.begin < kPlace) return PyBool_FromLong(0);
     const Place now = place_of(t), &then = *reinterpret_cast<const Place*>(places.begin);
     places.begin += kPlace + 2 * then.ndim;
-    if (now.address != then.address || now.numel != then.numel || now.dtype != then.dtype) return PyBool_FromLong(0);
+    if (now.address != then.address || now.numel != then.numel || now.dtype != then.dtype || now.device != then.device)
+      return PyBool_FromLong(0);
     if (layouts && (now.ndim != then.ndim || !std::equal(t.shape, t.shape + t.ndim, places.begin - 2 * t.ndim) ||
                     !std::equal(t.strides, t.strides + t.ndim, places.begin - t.ndim)))
       return PyBool_FromLong(0);

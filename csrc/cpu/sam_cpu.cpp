@@ -116,7 +116,8 @@ constexpr int64_t kGrain = 32768;
 // Backups and parameters of larger buckets are written past the caches. In smaller ones the second read finds them there:
 // at 4 MB, a restore and the base step after it took 0.6 ms with plain stores and 1.4 ms with streaming ones; at 32 MB
 // the two broke even. That was an Intel Xeon; on an AMD EPYC (Zen 3) streaming ones saved a fifth of SAM's own time at
-// 16, 32 and 100 MB, and a tenth of it with the base step. So: below the size that broke even, by a margin.
+// 16, 32 and 100 MB (median of runs that took turns), and 3 to 9 % of a step with the base optimizer's. So: below the size
+// that broke even, by a margin.
 constexpr int64_t kStreamBytes = 24 << 20;
 
 // Calls f on every chunk that has a gradient, in one parallel region; threads share elements, not chunks, evenly.
