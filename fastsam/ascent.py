@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fastsam.device import capturing, upload
+from fastsam.device import capturing, shared_zeros, upload
 
 __all__ = ["Ascent"]
+
+
+class Host(NamedTuple):
+    """The scalars of an ascent on a CPU, for Python: the memory of its tensors of the same names."""
+
+    rho: array[float]
+    epsilon: array[float]
+    square_sums: array[float]
+    norm: array[float]
+    scale: array[float]
 
 
 class Ascent:
@@ -24,19 +37,22 @@ class Ascent:
         norm: the global gradient norm, 0-d, `dtype`.
         scale: ``(1 / (norm + epsilon)) * rho`` of each group, ``[n_groups]``, `dtype`; 0 where that is not finite.
         groups_adaptive: `adaptive` as the host knows it.
+        host: on a CPU, the same for Python; elsewhere not in use.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, n_groups: int, n_buckets: int) -> None:
         self.device = device
         self.dtype = dtype
-        self.rho = torch.zeros(n_groups, device=device, dtype=dtype)
-        self.epsilon = torch.zeros(n_groups, device=device, dtype=dtype)
         self.adaptive = torch.zeros(n_groups, device=device, dtype=torch.int32)
         # Apple's GPUs have no float64.
         sums = torch.float32 if device.type == "mps" else torch.float64
-        self.square_sums = torch.zeros(n_buckets, device=device, dtype=sums)
-        self.norm = torch.zeros((), device=device, dtype=dtype)
-        self.scale = torch.zeros(n_groups, device=device, dtype=dtype)
+        self.rho, rho = shared_zeros(n_groups, dtype, device)
+        self.epsilon, epsilon = shared_zeros(n_groups, dtype, device)
+        self.square_sums, square_sums = shared_zeros(n_buckets, sums, device)
+        norm, host_norm = shared_zeros(1, dtype, device)
+        self.norm = norm[0]
+        self.scale, scale = shared_zeros(n_groups, dtype, device)
+        self.host = Host(rho, epsilon, square_sums, host_norm, scale)
         self.groups_adaptive: tuple[bool, ...] = (False,) * n_groups
         self._host: tuple[list[float], list[float], list[bool]] | None = None
 

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastsam.device import capturing, upload
+from fastsam.device import capturing, shared_zeros, upload
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import is_dtensor, local, local_grad
 from fastsam.survey import Places
@@ -122,7 +122,7 @@ class ParameterBucket:
     whose strides differ from its parameter's is copied to them for the step.
 
     Args:
-        params: the parameters, at least one, all of one device and dtype, in the order of their groups.
+        params: the parameters, at least one, all of one device and dtype.
         groups: index of each parameter's group.
         names: what each parameter is called in an error message.
         index: of this bucket among the buckets of its device.
@@ -202,7 +202,8 @@ class ParameterBucket:
         sums = torch.float32 if self.device.type == "mps" else torch.float64
         self.partials = torch.zeros(max(1, len(chunks)), dtype=sums, device=self.device)
         self.counter = torch.zeros((), dtype=torch.int32, device=self.device)
-        self.saved = torch.zeros((), dtype=torch.int32, device=self.device)
+        saved, self._saved = shared_zeros(1, torch.int32, self.device)
+        self.saved = saved[0]
         self.generation = 1  # never 0, which norm writes
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
@@ -266,6 +267,8 @@ class ParameterBucket:
 
     def live(self) -> list[int]:
         """The slots that had a gradient in the last ascent: those that are perturbed, and restored."""
+        if self.grad_table.complete:
+            return list(range(len(self.params)))
         return [i for i, pointer in enumerate(self.grad_table.pointers) if pointer]
 
     def first_live(self) -> int | None:
@@ -291,6 +294,13 @@ class ParameterBucket:
         """That of the perturb under way: an int32 that is not 0."""
         self.generation = self.generation % (2**31 - 1) + 1
         return self.generation
+
+    def set_saved(self, generation: int) -> None:
+        """saved <- generation, for backends without kernels that write it."""
+        if self.device.type == "cpu":
+            self._saved[0] = generation
+        else:
+            self.saved.fill_(generation)
 
     def abandoned(self) -> bool:
         """Whether the ascent was captured into a CUDA graph that never ran: nothing is to be restored or unstaged.

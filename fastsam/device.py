@@ -1,11 +1,26 @@
-"""Bringing small things to a device without waiting for it."""
+"""Small things on a device: bringing them there without waiting for it, and sharing them with Python on a CPU."""
 
 from __future__ import annotations
+
+from array import array
 
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "upload"]
+__all__ = ["capturing", "shared_zeros", "upload"]
+
+TYPE_CODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d"}
+
+
+def shared_zeros(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, array[float]]:
+    """Zeros, ``[n]``, on a device; and an array of as many, which on a CPU is the same memory.
+
+    Python reads and writes an array in 50 ns. A call of torch's takes a microsecond, and ten of them where other code
+    ran since the last.
+    """
+    host: array[float] = array(TYPE_CODES[dtype], [0] * n)
+    tensor = torch.frombuffer(host, dtype=dtype) if device.type == "cpu" else torch.zeros(n, dtype=dtype, device=device)
+    return tensor, host
 
 
 def upload(target: Tensor, source: Tensor) -> None:

@@ -205,6 +205,7 @@ class Layout:
             here = [(sharding, entries) for (d, _, sharding), entries in members.items() if d == device]
             ascents[device] = Ascent(device, dtype, len(groups), len(here))
             for index, (sharding, entries) in enumerate(here):
+                entries.sort(key=_order)
                 params, indices, names = zip(*entries, strict=True)
                 sharding_of.append(sharding)
                 buckets.append(
@@ -261,6 +262,12 @@ class Layout:
                 "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast.",
                 stacklevel=2,
             )
+
+
+def _order(entry: tuple[Tensor, int, str]) -> tuple[bool, int, int]:
+    """Vectors first, small ones before large: the many small ones lie side by side in the backup, for one copy."""
+    p, group, _ = entry
+    return (p.dim() != 1, group, p.numel() if p.dim() == 1 else 0)
 
 
 def no_gradient_error() -> RuntimeError:

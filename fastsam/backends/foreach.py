@@ -7,6 +7,7 @@ between two operations, so that a parameter is read once to be saved and perturb
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -20,11 +21,11 @@ from fastsam.bucket import ParameterBucket
 __all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
 
 chunk_size = reference.chunk_size
-combine = reference.combine
 
 ROW = 512
-"""Elements whose norm is taken in fp32, by one thread: few enough for 3e-7, where all are equal too; the same bits
-whatever the number of threads. The norms of rows are squared and summed in fp64."""
+"""Elements whose norm is taken in fp32, at the most, by one thread: few enough for 3e-7, where all are equal too; the
+same bits whatever the number of threads. So are the norms of as many rows; what these give is squared and summed in
+fp64."""
 
 CPU_BLOCK, BLOCK = 2**19, 2**24
 """Elements of a block: on a CPU what stays in its cache, elsewhere what makes launches few."""
@@ -32,8 +33,15 @@ CPU_BLOCK, BLOCK = 2**19, 2**24
 CPU_SMALL = 2**14
 """Parameters of at most as many elements are gathered for the norm: a call for each would take longer."""
 
-GRAIN = 2**14
-"""Fewer than torch shares between threads, so that a sum of them is always the same."""
+GRAIN = 2**15 - 1
+"""Elements, fewer than torch shares between threads: for them torch.cat takes no detour."""
+
+VECTOR, MANY = 2**11, 8
+"""Parameters of one dimension and at most as many elements, where they are not few, are copied by torch.cat, `GRAIN`
+elements a call: at a third of the time of a copy for each."""
+
+GAP = 64
+"""Elements, at the most, that lie between neighbours in the backup, for alignment."""
 
 SAFE = (1e-20, 1e38)
 """Sums of squares that fp32 squares are good for; what is out of it is summed again in fp64, on a CPU."""
@@ -61,33 +69,86 @@ class _Block:
         self.weights = whole if numel is None else [_flat(whole[0])[start : start + numel]]
         self.numel = sum(w.numel() for w in self.weights)
         self.saved: list[Tensor] = []
-        self._packed: dict[int, list[Tensor]] = {}
+        self._vectors = all(map(_is_vector, whole))
+        self._views: dict[int, list[Tensor]] = {}
         self._slots = slots
         self._start = None if numel is None else start
         self._places = [bucket.offsets[i] + start for i in slots]
+        self._filled = _filled(self.weights, self._places) if self._vectors else []
+        self._range: Tensor | None = None  # of the backup, that `_filled` fills
 
-    def bind(self, backup: Tensor) -> None:
-        """Saves in `backup` from now on."""
-        self.saved = _views(backup, self.weights, self._places)
+    def bind(self, backup: Tensor | None) -> None:
+        """Saves in `backup` from now on; None lets go of it."""
+        self.saved = [] if backup is None else _views(backup, self.weights, self._places)
+        end = self._places[-1] + self.weights[-1].numel()
+        self._range = backup[self._places[0] : end] if backup is not None and self._filled else None
+
+    def save(self) -> None:
+        """Copies `weights` to the backup: vectors that are neighbours there by one call."""
+        if self._range is None:
+            torch._foreach_copy_(self.saved, self.weights)
+        else:
+            torch.cat(self._filled, out=self._range)
 
     def grads(self, bucket: ParameterBucket) -> list[Tensor]:
         """The gradients of `weights`."""
-        whole = [cast(Tensor, bucket.grads[i]) for i in self._slots]
+        whole = cast("list[Tensor]", [bucket.grads[i] for i in self._slots])
         return whole if self._start is None else [_flat(whole[0])[self._start : self._start + self.numel]]
 
-    def pack(self, plan: _Plan, buffer: int, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Copies tensors like `weights` into a buffer of the plan's, one after the other.
+    def read(self, plan: _Plan, index: int, tensors: list[Tensor]) -> Tensor:
+        """The elements of tensors like `weights`, one after the other, in the dtype of the arithmetic, ``[numel]``.
 
-        Returns:
-            What is filled of it, flat, and as views like `weights`.
+        They themselves, where they lie so; else a copy in a buffer of the plan's.
         """
-        memory = plan.buffer(buffer)
-        views = self._packed.get(buffer)
-        if views is None:
+        if len(tensors) == 1 and tensors[0].dtype is plan.wide:
+            return _flat(tensors[0])
+        buffer = plan.buffer(index)[: self.numel]
+        if not self._vectors:
+            torch._foreach_copy_(self.views(plan, index), tensors)
+        elif tensors[0].dtype is plan.wide:
+            torch.cat(tensors, out=buffer)
+        else:
+            buffer.copy_(torch.cat(tensors))  # which is slow at converting
+        return buffer
+
+    def views(self, plan: _Plan, index: int) -> list[Tensor]:
+        """Views like `weights` of a buffer of the plan's, one after the other."""
+        if index not in self._views:
             starts = itertools.accumulate((w.numel() for w in self.weights), initial=0)
-            views = self._packed[buffer] = _views(memory, self.weights, starts)
-        torch._foreach_copy_(views, tensors)
-        return memory[: self.numel], views
+            self._views[index] = _views(plan.buffer(index), self.weights, starts)
+        return self._views[index]
+
+
+class _Rows:
+    """The norms of the rows that blocks are cut into.
+
+    Args:
+        blocks: what is measured.
+        plan: theirs.
+
+    Attributes:
+        blocks: as given.
+    """
+
+    def __init__(self, blocks: list[_Block], plan: _Plan) -> None:
+        self.blocks = blocks
+        cuts = [_cut(block.numel) for block in blocks]
+        counts = [rows for cut in cuts for _, rows, _ in cut]
+        self._norms = plan.one.new_zeros(-(-sum(counts) // ROW), ROW, dtype=plan.wide)
+        self._total = self._norms.new_empty(len(self._norms))
+        parts = iter(torch.split(self._norms.view(-1)[: sum(counts)], counts))
+        self._cuts = [[(start, (rows, n), (n, 1), next(parts)) for start, rows, n in cut] for cut in cuts]
+
+    def measure(self, index: int, elements: Tensor) -> None:
+        """Takes the norms of the rows of block `index`, whose elements lie in memory one after the other."""
+        for start, shape, strides, norms in self._cuts[index]:
+            rows = elements.as_strided(shape, strides, elements.storage_offset() + start)
+            torch.linalg.vector_norm(rows, dim=1, out=norms)
+
+    def norms(self) -> Tensor:
+        """The norms of what was measured, `ROW` rows each, ``[n]``."""
+        torch.linalg.vector_norm(self._norms, dim=1, out=self._total)
+        return self._total
 
 
 class _Plan:
@@ -96,7 +157,6 @@ class _Plan:
     Attributes:
         live: the slots.
         blocks: of the ascent.
-        measured: blocks of the norm: small parameters together, others alone.
         saved: how many of `blocks` the backup holds, from the first on.
         one: 1, 0-d, of the bucket's dtype.
         wide: dtype of the arithmetic.
@@ -110,7 +170,6 @@ class _Plan:
         on_cpu = _on_cpu(bucket)
         sizes = [bucket.weights[i].numel() for i in self.live]
         size = min(CPU_BLOCK if on_cpu else BLOCK, sum(sizes))
-        small = min(CPU_SMALL, size) if on_cpu else size
         pieces = [
             _Block(bucket, [i], start, min(size, n - start))
             for i, n in zip(self.live, sizes, strict=True)
@@ -121,17 +180,25 @@ class _Plan:
             *_together(bucket, [i for i, n in zip(self.live, sizes, strict=True) if n <= size], size),
             *pieces,
         ]
-        self.measured = self.blocks
+        self._measured = self.blocks
         if bucket.dtype is self.wide:
+            small = min(CPU_SMALL, size) if on_cpu else size
             little = [i for i, n in zip(self.live, sizes, strict=True) if n <= small]
             others = [_Block(bucket, [i]) for i, n in zip(self.live, sizes, strict=True) if n > small]
-            self.measured = [*_together(bucket, little, size), *others]
+            self._measured = [*_together(bucket, little, size), *others]
+        self._rows: dict[bool, _Rows] = {}
         self._buffers: dict[int, Tensor] = {}
         self._size = size
         self._backup: Tensor | None = None
 
+    def rows(self, adaptive: bool) -> _Rows:
+        """What the norm is taken of: where no product has to be formed, small parameters together, others whole."""
+        if adaptive not in self._rows:
+            self._rows[adaptive] = _Rows(self.blocks if adaptive else self._measured, self)
+        return self._rows[adaptive]
+
     def buffer(self, index: int) -> Tensor:
-        """One of two, flat, made when it is first asked for."""
+        """One of three, flat, made when it is first asked for."""
         if index not in self._buffers:
             self._buffers[index] = torch.empty(self._size, dtype=self.wide, device=self.one.device)
         return self._buffers[index]
@@ -140,10 +207,7 @@ class _Plan:
         """Makes `backup` the memory that the blocks are saved in; None lets go of it."""
         if self._backup is not backup:
             for block in self.blocks:
-                if backup is None:
-                    block.saved = []
-                else:
-                    block.bind(backup)
+                block.bind(backup)
             self._backup = backup
 
 
@@ -151,64 +215,82 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     plan = _plan(bucket)
     plan.saved = 0
-    bucket.saved.zero_()
-    adaptive = any(ascent.groups_adaptive)
-    norms: list[Tensor] = []
-    for block in plan.blocks if adaptive else plan.measured:
-        term = _term(bucket, plan, block, ascent.groups_adaptive[block.group])
-        rows, rest = divmod(block.numel, ROW)
-        if rows:
-            whole = term if rest == 0 else term[: rows * ROW]
-            norms.append(torch.linalg.vector_norm(whole.view(rows, ROW), dim=1))
-        if rest:
-            norms.append(torch.linalg.vector_norm(term[rows * ROW :]).view(1))
-    square_sum = ascent.square_sums[bucket.index].zero_()
-    if norms:
-        parts = torch.split(torch.cat(norms), GRAIN)
-        square_sum.copy_(torch.stack([part.to(square_sum.dtype).square().sum() for part in parts]).sum())
-    if _on_cpu(bucket) and plan.wide is torch.float32 and not SAFE[0] < square_sum.item() < SAFE[1]:
-        square_sum.copy_(_sum_in_fp64(bucket, plan, ascent))
+    bucket.set_saved(0)
+    rows = plan.rows(any(ascent.groups_adaptive))
+    for k, block in enumerate(rows.blocks):
+        grads = block.grads(bucket)
+        if ascent.groups_adaptive[block.group]:
+            w, g = block.read(plan, 1, block.weights), block.read(plan, 0, grads)
+            rows.measure(k, torch.mul(w, g, out=plan.buffer(0)[: block.numel]))
+        elif len(grads) == 1 and bucket.dtype is plan.wide:
+            rows.measure(k, grads[0])
+        else:
+            rows.measure(k, block.read(plan, 0, grads))
+    norms = rows.norms()
+    if _on_cpu(bucket):
+        total = sum([norm * norm for norm in norms.tolist()])
+        if plan.wide is torch.float32 and not SAFE[0] < total < SAFE[1]:
+            total = _sum_in_fp64(bucket, plan, ascent)
+        ascent.host.square_sums[bucket.index] = total
+    else:
+        square_sum = ascent.square_sums[bucket.index]
+        square_sum.copy_(norms.to(square_sum.dtype).square().sum())
     if finish:
         combine(ascent)
+
+
+def combine(ascent: Ascent) -> None:
+    """norm and scale from the sums of all buckets; on a CPU without torch, rounding where it rounds: at each store."""
+    if ascent.device.type != "cpu":
+        reference.combine(ascent)
+        return
+    rho, epsilon, square_sums, norm, scale = ascent.host
+    norm[0] = math.sqrt(sum(square_sums))
+    for i in range(len(scale)):
+        scale[i] = norm[0] + epsilon[i]
+        scale[i] = 1 / scale[i] if scale[i] else math.inf
+        scale[i] *= rho[i]
+        if not math.isfinite(scale[i]):
+            scale[i] = 0
 
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     """Saves w, then w <- w + e_w. On a CPU the backup is kept: fresh memory costs more than the pass."""
     on_cpu = _on_cpu(bucket)
-    not_finite = ascent.norm.isfinite().logical_not()
-    if on_cpu and not_finite:
+    if on_cpu and not math.isfinite(ascent.host.norm[0]):
         return
+    not_finite = None if on_cpu else ascent.norm.isfinite().logical_not()
     generation = bucket.next_generation()
     plan = _plan(bucket)
     if bucket.backup is None:
         bucket.backup = bucket.allocate_backup()
     plan.bind(bucket.backup)
-    scales = ascent.scale.to(plan.wide)
-    host_scales = scales.tolist() if on_cpu else []
     for k, block in enumerate(plan.blocks):
-        torch._foreach_copy_(block.saved, block.weights)
+        block.save()
         plan.saved = k + 1  # before the first write: a signal handler may restore in between
         if plan.saved == len(plan.blocks):
-            bucket.saved.fill_(generation)
+            bucket.set_saved(generation)
         grads = block.grads(bucket)
-        if ascent.groups_adaptive[block.group]:
-            g, _ = block.pack(plan, 0, grads)
-            w, grads = block.pack(plan, 1, block.weights)
-            w.mul_(w).mul_(g)
-        if on_cpu:
-            # w + scale * g / 1: the division keeps torch from contracting product and sum, which then round twice.
+        adaptive = ascent.groups_adaptive[block.group]
+        if on_cpu and not adaptive:
+            # scale * g * 1 + w: a product with 1 is exact, so torch may contract it with the sum, and rounds twice.
             ones = [plan.one] * len(grads)
-            torch._foreach_addcdiv_(block.weights, grads, ones, value=host_scales[block.group])
+            torch._foreach_addcmul_(block.weights, grads, ones, value=ascent.host.scale[block.group])
             continue
-        e_w, views = block.pack(plan, 0, grads)
-        # Select on the device: to look at the norm would be to wait for it. w + -0.0 is w, also for w = -0.0.
-        e_w.mul_(scales[block.group]).masked_fill_(not_finite, -0.0)
+        e_w, square = (plan.buffer(i)[: block.numel] for i in (0, 2))
+        g = block.read(plan, 0, grads)
+        w = block.read(plan, 1, block.weights) if adaptive or bucket.dtype is not plan.wide else g
+        if adaptive:
+            g = torch.mul(torch.mul(w, w, out=square), g, out=e_w)
+        torch.mul(g, ascent.scale[block.group].to(plan.wide), out=e_w)
+        if not_finite is not None:
+            # Select on the device: to look at the norm would be to wait for it. w + -0.0 is w, also for w = -0.0.
+            e_w.masked_fill_(not_finite, -0.0)
         if bucket.dtype is plan.wide:
-            torch._foreach_add_(block.weights, views)
+            torch._foreach_add_(block.weights, block.views(plan, 0))
         else:
-            w, above = block.pack(plan, 1, block.weights)
             w.add_(e_w)
-            torch._foreach_copy_(block.weights, above)
+            torch._foreach_copy_(block.weights, block.views(plan, 1))
 
 
 def restore(bucket: ParameterBucket) -> None:
@@ -239,39 +321,64 @@ def _plan(bucket: ParameterBucket) -> _Plan:
 
 
 def _together(bucket: ParameterBucket, slots: Iterable[int], size: int) -> list[_Block]:
-    """Blocks of at most `size` elements, of one param group each."""
+    """Blocks of at most `size` elements, of one param group each; vectors, where there are many, apart."""
+    slots = list(slots)
+    vectors = {i for i in slots if _is_vector(bucket.weights[i])}
+    if len(vectors) < MANY:
+        vectors = set()
+
+    def kind(i: int) -> tuple[bool, int]:
+        return i in vectors, bucket.groups[i]
+
     runs: list[list[int]] = []
     room = 0
-    for i in slots:
+    for i in sorted(slots, key=kind):
         numel = bucket.weights[i].numel()
-        if not runs or numel > room or bucket.groups[i] != bucket.groups[runs[-1][0]]:
+        if not runs or numel > room or kind(i) != kind(runs[-1][0]):
             runs.append([])
-            room = size
+            room = min(size, GRAIN) if i in vectors else size
         runs[-1].append(i)
         room -= numel
     return [_Block(bucket, run) for run in runs]
 
 
-def _term(bucket: ParameterBucket, plan: _Plan, block: _Block, adaptive: bool) -> Tensor:
-    """What the norm is of, flat, in the dtype of the arithmetic."""
-    grads = block.grads(bucket)
-    if not adaptive and len(grads) == 1 and bucket.dtype is plan.wide:
-        return _flat(grads[0])
-    term, _ = block.pack(plan, 0, grads)
-    if adaptive:
-        w, _ = block.pack(plan, 1, block.weights)
-        term.mul_(w)
-    return term
+def _is_vector(t: Tensor) -> bool:
+    return t.dim() == 1 and t.numel() <= VECTOR
 
 
-def _sum_in_fp64(bucket: ParameterBucket, plan: _Plan, ascent: Ascent) -> Tensor:
+def _filled(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
+    """Vectors, and zeros between them, that fill their range of the backup; none where others lie there."""
+    zeros = tensors[0].new_zeros(GAP)
+    fillers = {gap: zeros[:gap] for gap in range(1, GAP + 1)}
+    filled = []
+    end = places[0]
+    for t, place in zip(tensors, places, strict=True):
+        if place - end > GAP:
+            return []
+        if place > end:
+            filled.append(fillers[place - end])
+        filled.append(t)
+        end = place + t.numel()
+    return filled
+
+
+def _cut(numel: int) -> list[tuple[int, int, int]]:
+    """Cuts elements into rows of equal length, or all but a rest: (where they start, how many, elements of each)."""
+    for length in range(ROW, ROW // 4, -8):
+        if numel and numel % length == 0:
+            return [(0, numel // length, length)]
+    rows, rest = divmod(numel, ROW)
+    return [cut for cut in ((0, rows, ROW), (rows * ROW, 1, rest)) if 0 not in cut[1:]]
+
+
+def _sum_in_fp64(bucket: ParameterBucket, plan: _Plan, ascent: Ascent) -> float:
     """The sum of squares where fp32 squares overflow or vanish: rare, so slowly."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     for block in plan.blocks:
         for w, g in zip(block.weights, block.grads(bucket), strict=True):
             term = g.double() * w.double() if ascent.groups_adaptive[block.group] else g.double()
             for part in torch.split(term.flatten(), GRAIN):
-                total += part.square().sum()
+                total += part.square().sum().item()
     return total
 
 

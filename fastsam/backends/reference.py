@@ -29,7 +29,7 @@ def chunk_size(numel: int) -> int:
 
 def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
-    bucket.saved.zero_()
+    bucket.set_saved(0)
     bucket.backup = None
     square_sum = torch.zeros_like(ascent.square_sums[bucket.index])
     for group, w, g in bucket.terms():
@@ -45,9 +45,10 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
 
 def combine(ascent: Ascent) -> None:
     """norm and scale from the sums of all buckets."""
-    ascent.norm.copy_(ascent.square_sums.sum().sqrt())
-    scale = (ascent.norm + ascent.epsilon).reciprocal() * ascent.rho
-    ascent.scale.copy_(torch.where(ascent.norm.isfinite() & scale.isfinite(), scale, 0))
+    torch.sqrt(ascent.square_sums.sum(), out=ascent.norm)
+    torch.add(ascent.norm, ascent.epsilon, out=ascent.scale)
+    # The last also where the norm is not finite: 1 / inf is 0.
+    ascent.scale.reciprocal_().mul_(ascent.rho).nan_to_num_(0, 0, 0)
 
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
@@ -56,7 +57,7 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
     for view, w in zip(bucket.live_views(backup), bucket.live_weights(), strict=True):
         view.copy_(w)
     bucket.backup = backup
-    bucket.saved.fill_(bucket.next_generation())
+    bucket.set_saved(bucket.next_generation())
     finite = ascent.norm.isfinite()
     for group, weight, g in bucket.terms():
         w = widen(weight)
