@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.distributed import is_dtensor, local
+from fastsam.profiler import recording
 
 __all__ = ["ClearingWatch", "PlainStep", "StaleGradients", "after_zero_grad", "around_step"]
 
@@ -108,6 +109,9 @@ class ClearingWatch:
         return self.cleared
 
 
+_ZERO_GRAD = Optimizer.zero_grad
+
+
 def around_step(base: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
     """Makes base.step call `before` and, where it succeeds, `after`.
 
@@ -154,14 +158,19 @@ def after_zero_grad(base: Optimizer, mark: Callable[[bool], None]) -> None:
     @functools.wraps(type(base).zero_grad)
     def zero_grad(*args: Any, **kwargs: Any) -> None:
         base = cast(Optimizer, base_ref())
-        if own is None:
-            type(base).zero_grad(base, *args, **kwargs)
-        else:
+        lets_go = type(base).zero_grad is _ZERO_GRAD and (args[0] if args else kwargs.get("set_to_none", True))
+        if own is not None:
             own(*args, **kwargs)
+        elif lets_go and not recording():
+            # As torch does, but for its label.
+            for group in base.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            type(base).zero_grad(base, *args, **kwargs)
         mark = mark_ref()
         if mark is not None:
-            set_to_none = args[0] if args else kwargs.get("set_to_none", True)
-            mark(bool(set_to_none) and type(base).zero_grad is Optimizer.zero_grad)
+            mark(bool(lets_go))
 
     zero_grad.base = base_ref  # type: ignore[attr-defined]
     base.zero_grad = zero_grad  # type: ignore[method-assign]

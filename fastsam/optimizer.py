@@ -22,9 +22,11 @@ from fastsam.compiler import compiled, uncompiled
 from fastsam.direction import GRADIENT, momentum_of
 from fastsam.distributed import local
 from fastsam.freshness import ClearingWatch, PlainStep, after_zero_grad, around_step
+from fastsam.grad_mode import grad_mode
 from fastsam.layout import flatten_groups, gradient_norm, no_gradient_error
 from fastsam.notices import tell_once
 from fastsam.options import COUNTER, check_one_pass
+from fastsam.profiler import label
 from fastsam.state import State
 from fastsam.wrapper import OptimizerWrapper, or_default
 
@@ -219,7 +221,7 @@ class FusedSAM(OptimizerWrapper):
         return norm.clone() if scale is None else norm / scale.to(norm.device, non_blocking=True)
 
     @_disable_dynamo
-    @torch.no_grad()
+    @grad_mode(False)
     def _grad_norm(self) -> Tensor:
         """davda54/sam's method: the global norm of the gradients that are there now, 0-d, whatever step this is.
 
@@ -228,7 +230,7 @@ class FusedSAM(OptimizerWrapper):
         return gradient_norm(self.param_groups)
 
     @_disable_dynamo
-    @torch.no_grad()
+    @grad_mode(False)
     def first_step(self, zero_grad: bool = False) -> bool:
         """Saves w and climbs: w <- w + e_w, by the gradients that are there, or by the momentum.
 
@@ -284,7 +286,7 @@ class FusedSAM(OptimizerWrapper):
         finally:
             state.clears = False
 
-    @torch.no_grad()
+    @grad_mode(False)
     def step(self, closure: Closure | None = None) -> Any:
         """One whole step with a closure; without one, what `second_step` does.
 
@@ -328,7 +330,7 @@ class FusedSAM(OptimizerWrapper):
             sam._state.stepping = True
             # Around the hooks too: what fails in one must not leave the weights perturbed either.
             try:
-                with torch.autograd.profiler.record_function(f"Optimizer.step#{type(sam).__name__}.step"):
+                with label(f"Optimizer.step#{type(sam).__name__}.step"):
                     for pre_hook in sam._optimizer_step_pre_hooks.values():
                         args, kwargs = or_default(pre_hook(sam, args, kwargs), (args, kwargs))
                     out = func(*args, **kwargs)
@@ -476,7 +478,7 @@ class FusedSAM(OptimizerWrapper):
     def _passes(self, closure: Closure) -> Passes:
         return Passes.of(closure)
 
-    @torch.enable_grad()
+    @grad_mode(True)
     def _call(self, closure: Closure) -> Any:
         with self._clippable():
             return compiled(closure)
@@ -525,7 +527,7 @@ class FusedSAM(OptimizerWrapper):
         torch.clear_autocast_cache()
         return True
 
-    @torch.no_grad()  # an exception may come from where gradients are enabled
+    @grad_mode(False)  # an exception may come from where gradients are enabled
     def _restore(self) -> None:
         # Also after a first signal, in whose wake perturb still writes.
         if self._state.perturbed or self._state.perturbing:

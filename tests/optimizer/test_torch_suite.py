@@ -223,5 +223,48 @@ def test_profiler_shows_the_step():
     sam = construct(model, "SGD")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(model, sam, 0)
+        sam.zero_grad()
     names = {event.key for event in profile.key_averages()}
-    assert {"Optimizer.step#FusedSAM.step", "Optimizer.step#SGD.step"} <= names
+    assert {"Optimizer.step#FusedSAM.step", "Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"} <= names
+
+
+def test_zero_grad_is_the_optimizers_own_where_it_is_not_torchs(monkeypatch):
+    """torch's is done without a call of it; but not one that a subclass, or somebody in torch's class, put there."""
+    calls = []
+
+    class Own(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            calls.append(type(self).__name__)
+            super().zero_grad(set_to_none)
+
+    def patched(self, set_to_none=True):
+        calls.append("patched")
+
+    model = make_model()
+    for base_class in (Own, torch.optim.SGD):
+        sam = FusedSAM(model.values(), base_class, lr=0.1)
+        step(model, sam, 0)
+        sam.zero_grad()
+        assert all(p.grad is None for p in model.values())
+    assert set(calls) == {"Own"}
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", patched)
+    sam.zero_grad()
+    assert calls[-1] == "patched"
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_grad_mode_is_left_as_it_was(enabled):
+    model = make_model()
+    sam = construct(model, "SGD")
+
+    def closure():
+        assert torch.is_grad_enabled()
+        raise ArithmeticError
+
+    with torch.set_grad_enabled(enabled):
+        with pytest.raises(ArithmeticError):
+            sam.step(closure)
+        assert torch.is_grad_enabled() is enabled
+        with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+            sam.first_step()
+        assert torch.is_grad_enabled() is enabled
