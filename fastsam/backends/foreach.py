@@ -27,8 +27,8 @@ ROW = 512
 same bits whatever the number of threads. So are the norms of as many rows; what these give is squared and summed in
 fp64."""
 
-CPU_BLOCK, BLOCK = 2**19, 2**24
-"""Elements of a block: on a CPU what stays in its cache, elsewhere what makes launches few."""
+CPU_BLOCK, BLOCK = 2**21, 2**26
+"""Bytes of a block's parameters: on a CPU what stays in its cache, elsewhere what makes launches few."""
 
 CPU_SMALL = 2**14
 """Parameters of at most as many elements are gathered for the norm: a call for each would take longer."""
@@ -93,7 +93,9 @@ class _Block:
     def grads(self, bucket: ParameterBucket) -> list[Tensor]:
         """The gradients of `weights`."""
         whole = cast("list[Tensor]", [bucket.grads[i] for i in self._slots])
-        return whole if self._start is None else [_flat(whole[0])[self._start : self._start + self.numel]]
+        if self._start is None:
+            return whole
+        return [whole[0].as_strided((self.numel,), (1,), whole[0].storage_offset() + self._start)]
 
     def read(self, plan: _Plan, index: int, tensors: list[Tensor]) -> Tensor:
         """The elements of tensors like `weights`, one after the other, in the dtype of the arithmetic, ``[numel]``.
@@ -169,7 +171,7 @@ class _Plan:
         self.wide = torch.float64 if bucket.dtype is torch.float64 else torch.float32
         on_cpu = _on_cpu(bucket)
         sizes = [bucket.weights[i].numel() for i in self.live]
-        size = min(CPU_BLOCK if on_cpu else BLOCK, sum(sizes))
+        size = min((CPU_BLOCK if on_cpu else BLOCK) // bucket.dtype.itemsize, sum(sizes))
         pieces = [
             _Block(bucket, [i], start, min(size, n - start))
             for i, n in zip(self.live, sizes, strict=True)

@@ -22,8 +22,8 @@ SIZES = [(700, 30), (5,), (), (3, 4, 5), (20_000,), (1, 7), (0,), (600,)]
 @pytest.fixture(params=["cpu", "as on a GPU"])
 def _device(request, monkeypatch):
     """The path of other devices runs on CPU tensors too. Blocks are small, so that there are many."""
-    monkeypatch.setattr(foreach, "CPU_BLOCK", 4096)
-    monkeypatch.setattr(foreach, "BLOCK", 4096)
+    monkeypatch.setattr(foreach, "CPU_BLOCK", 4096 * 4)
+    monkeypatch.setattr(foreach, "BLOCK", 4096 * 4)
     monkeypatch.setattr(foreach, "CPU_SMALL", 64)
     if request.param != "cpu":
         monkeypatch.setattr(foreach, "_on_cpu", lambda bucket: False)
