@@ -23,9 +23,8 @@ __all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
 chunk_size = reference.chunk_size
 
 ROW = 512
-"""Elements whose norm is taken in fp32, at the most, by one thread: few enough for 3e-7, where all are equal too; the
-same bits whatever the number of threads. So are the norms of as many rows; what these give is squared and summed in
-fp64."""
+"""Elements whose norm is taken in fp32, at the most, by one thread, and norms of which a norm is taken: few enough for
+6e-7 in all, where all are equal too; the same bits whatever the number of threads. What is left is summed in fp64."""
 
 CPU_BLOCK, BLOCK = 2**21, 2**26
 """Bytes of a block's parameters: on a CPU what stays in its cache, elsewhere what makes launches few."""
@@ -351,16 +350,16 @@ def _is_vector(t: Tensor) -> bool:
 def _filled(tensors: list[Tensor], places: list[int]) -> list[Tensor]:
     """Vectors, and zeros between them, that fill their range of the backup; none where others lie there."""
     zeros = tensors[0].new_zeros(GAP)
-    fillers = {gap: zeros[:gap] for gap in range(1, GAP + 1)}
+    fillers: dict[int, Tensor] = {}
     filled = []
     end = places[0]
     for t, place in zip(tensors, places, strict=True):
-        if place - end > GAP:
+        gap, end = place - end, place + t.numel()
+        if gap > GAP:
             return []
-        if place > end:
-            filled.append(fillers[place - end])
+        if gap:
+            filled.append(fillers[gap] if gap in fillers else fillers.setdefault(gap, zeros[:gap]))
         filled.append(t)
-        end = place + t.numel()
     return filled
 
 
