@@ -20,6 +20,7 @@ from bench.contestants import CONTESTANTS, Contestant, EmptyBase, ForeachKept
 from bench.inputs import Inputs, Setting, Turn, check, set_gradients
 from bench.measures import allocations
 from bench.plan import SLOW_START
+from fastsam import survey
 
 CPU = torch.device("cpu")
 CASE = Case("few", "few", "small", ((7, 5), (), (0,), (129,), (3, 2, 2)))
@@ -339,6 +340,20 @@ def test_python_calls_of_a_step() -> None:
     assert few == many
     assert sum(few.values()) == 61
     assert many_in_c - few_in_c == {"setattr": 36}
+
+
+def test_foreach_is_measured_without_the_native_library() -> None:
+    """As in a plain install; the others go on with it."""
+    params = parameters(torch.float32)
+    set_gradients(params, [torch.ones_like(p) for p in params])
+    by_python = CONTESTANTS["fastsam-foreach"](params, 0.1, False)
+    by_python.run()
+    usual = fastsam.FusedSAM(params, EmptyBase, backend="foreach")
+    usual.first_step()
+    usual.restore()
+    for sam, expected in ((by_python.sam, None), (usual, survey.native())):
+        [(_, bucket)] = sam._state.layout.buckets
+        assert bucket._places._library is expected
 
 
 COUNT_REGIONS = """
