@@ -92,10 +92,6 @@ class Fastsam(Contestant):
 class FastsamForeach(Fastsam):
     """The foreach backend as in a plain install, where the native library does not look at the tensors either."""
 
-    backend = "foreach"
-    held = 0
-    temporary = 2
-    passes = None
     laid_out = False
 
     def perturb(self) -> None:
@@ -110,7 +106,7 @@ def fastsam_contestants() -> dict[str, type[Contestant]]:
     kinds: dict[str, type[Contestant]] = {}
     for backend in fastsam.available_backends():
         members: dict[str, Any] = {"backend": backend}
-        if backend == "reference":
+        if backend in ("foreach", "reference"):
             members |= {"held": 0, "temporary": 2, "passes": None}
         parent = FastsamForeach if backend == "foreach" else Fastsam
         kinds[FASTSAM + backend] = type(f"Fastsam_{backend}", (parent,), members)

@@ -54,7 +54,7 @@ class Ascent:
         self.scale, scale = shared_zeros(n_groups, dtype, device)
         self.host = Host(rho, epsilon, square_sums, host_norm, scale)
         self.groups_adaptive: tuple[bool, ...] = (False,) * n_groups
-        self._host: tuple[list[float], list[float], list[bool]] | None = None
+        self._options: tuple[list[float], list[float], list[bool]] | None = None
 
     def set_groups(self, rho: list[float | Tensor], epsilon: list[float], adaptive: list[bool]) -> None:
         """Brings the groups' options to the device; copies only what changed since the last call.
@@ -68,18 +68,18 @@ class Ascent:
             RuntimeError: a float or bool changed since the last call, and a CUDA graph is being captured.
         """
         on_device = [(i, r) for i, r in enumerate(rho) if isinstance(r, Tensor)]
-        host = ([0.0 if isinstance(r, Tensor) else r for r in rho], epsilon, adaptive)
-        if host != self._host:
+        options = ([0.0 if isinstance(r, Tensor) else r for r in rho], epsilon, adaptive)
+        if options != self._options:
             if capturing(self.device):
                 raise RuntimeError(
                     "rho, epsilon or adaptive changed between the last step and the capture of a CUDA graph: take a "
                     "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
                 )
-            before, self._host = self._host or ([], [], []), None  # an upload may fail
-            for target, values, old in zip((self.rho, self.epsilon, self.adaptive), host, before, strict=True):
+            before, self._options = self._options or ([], [], []), None  # an upload may fail
+            for target, values, old in zip((self.rho, self.epsilon, self.adaptive), options, before, strict=True):
                 if values != old:
                     upload(target, torch.tensor(values, dtype=target.dtype, device="cpu"))
             self.groups_adaptive = tuple(adaptive)
-            self._host = host
+            self._options = options
         for i, r in on_device:
             self.rho[i].copy_(r)

@@ -21,8 +21,8 @@ def grad_mode(enabled: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             before = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(enabled)
-            try:
+            try:  # whatever interrupts from here on
+                torch._C._set_grad_enabled(enabled)
                 return function(*args, **kwargs)
             finally:
                 torch._C._set_grad_enabled(before)

@@ -37,7 +37,7 @@ GRAIN = 2**15 - 1
 
 VECTOR, MANY = 2**11, 8
 """Parameters of one dimension and at most as many elements, where they are not few, are copied by torch.cat, `GRAIN`
-elements a call: at a third of the time of a copy for each."""
+elements a call: in a third to a half of the time of a copy for each."""
 
 GAP = 64
 """Elements, at the most, that lie between neighbours in the backup, for alignment."""

@@ -45,10 +45,9 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
 
 def combine(ascent: Ascent) -> None:
     """norm and scale from the sums of all buckets."""
-    torch.sqrt(ascent.square_sums.sum(), out=ascent.norm)
-    torch.add(ascent.norm, ascent.epsilon, out=ascent.scale)
-    # The last also where the norm is not finite: 1 / inf is 0.
-    ascent.scale.reciprocal_().mul_(ascent.rho).nan_to_num_(0, 0, 0)
+    ascent.norm.copy_(ascent.square_sums.sum().sqrt())
+    scale = (ascent.norm + ascent.epsilon).reciprocal() * ascent.rho
+    ascent.scale.copy_(torch.where(ascent.norm.isfinite() & scale.isfinite(), scale, 0))
 
 
 def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
