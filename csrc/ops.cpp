@@ -61,7 +61,7 @@ void combine_as(double square_sum, const Tensor& rho, const Tensor& epsilon, con
   for (int64_t i = 0; i < groups; ++i) s[i] = fastsam::scale_of(n, r[i], e[i]);
 }
 
-void finish(double square_sum, const Tensor& rho, const Tensor& epsilon, const Tensor& norm, const Tensor& scale) {
+void write_scales(double square_sum, const Tensor& rho, const Tensor& epsilon, const Tensor& norm, const Tensor& scale) {
   if (norm.scalar_type() == ScalarType::Double)
     combine_as<double>(square_sum, rho, epsilon, norm, scale);
   else
@@ -72,10 +72,10 @@ void combine(Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor
   const double* sums = data<const double>(square_sums, ScalarType::Double, 0, "square_sums");
   double total = 0;
   for (int64_t i = 0; i < square_sums.numel(); ++i) total += sums[i];
-  finish(total, rho, epsilon, norm, scale);
+  write_scales(total, rho, epsilon, norm, scale);
 }
 
-void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t index, bool last, Tensor partials,
+void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t index, bool finish, Tensor partials,
           Tensor adaptive, Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor scale, Tensor saved,
           Tensor /* counter: CUDA's */) {
   const Bucket bucket = bucket_of(chunks, weights, grads, dtype);
@@ -85,7 +85,7 @@ void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t
       fastsam::cpu::square_sum(bucket, data<const int32_t>(adaptive, ScalarType::Int, scale.numel(), "adaptive"),
                                data<double>(partials, ScalarType::Double, bucket.n_chunks, "partials"));
   data<double>(square_sums, ScalarType::Double, index + 1, "square_sums")[index] = square_sum;
-  if (last) finish(square_sum, rho, epsilon, norm, scale);
+  if (finish) write_scales(square_sum, rho, epsilon, norm, scale);
 }
 
 void perturb(Tensor chunks, Tensor weights, Tensor grads, Tensor adaptive, Tensor norm, Tensor scale, Tensor backup,
@@ -128,10 +128,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastsam._C", "Registers torch.ops.
 
 }  // namespace
 
-// chunks, weights, grads: the tables of a ParameterBucket. The other names are those of ParameterBucket and Ascent.
+// chunks, weights, grads: the tables of a ParameterBucket. The other names are those of ParameterBucket and Scalars.
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def(
-      "norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int index, bool last, Tensor(a!) partials, "
+      "norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int index, bool finish, Tensor(a!) partials, "
       "Tensor adaptive, Tensor rho, Tensor epsilon, Tensor(b!) square_sums, Tensor(c!) norm, Tensor(d!) scale, "
       "Tensor(e!) saved, Tensor(f!) counter) -> ()");
   m.def(

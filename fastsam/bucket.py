@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsam.device import capturing, shared_zeros, upload
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import is_dtensor, local, local_grad
-from fastsam.survey import Places
+from fastsam.places import Places
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 
@@ -211,11 +211,11 @@ class ParameterBucket:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is another than the one that this bucket was laid out for."""
-        return self._places.left(self._shards())
+        return self._places.moved(self._shards())
 
     def restorable(self) -> bool:
         """Whether the parameters are still what was perturbed, whatever their shapes."""
-        return self._places.hold(self._shards())
+        return self._places.in_place(self._shards())
 
     def gather(self) -> bool:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.

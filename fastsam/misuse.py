@@ -49,7 +49,7 @@ def restore_collected(state: State) -> None:
         return
     untouched = state.witness is not None and state.witness[0]._version == state.witness[1]
     if untouched:
-        state.layout.restore()
+        state.perturbation.restore()
     warnings.warn(
         "a FusedSAM was deleted while the weights were perturbed (w + e_w): they "
         + ("are restored" if untouched else "stay so, since something else has written to them")
@@ -60,7 +60,7 @@ def restore_collected(state: State) -> None:
 
 def check_second_pass(state: State, groups: list[dict[str, Any]], along_momentum: bool) -> None:
     """Looks at what a loop in two calls did between them."""
-    if state.announced is not None and state.announced.doubled:
+    if state.plain_step is not None and state.plain_step.doubled:
         raise RuntimeError(
             "a second gradient was added to that of a plain step, which first_step() had announced by returning "
             "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "

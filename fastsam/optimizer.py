@@ -23,9 +23,9 @@ from fastsam.direction import GRADIENT, momentum_of
 from fastsam.distributed import local
 from fastsam.freshness import ClearingWatch, PlainStep, after_zero_grad, around_step
 from fastsam.grad_mode import grad_mode
-from fastsam.layout import flatten_groups, gradient_norm, no_gradient_error
 from fastsam.notices import tell_once
 from fastsam.options import COUNTER, check_one_pass
+from fastsam.perturbation import flatten_groups, gradient_norm, no_gradient_error
 from fastsam.profiler import label
 from fastsam.state import State
 from fastsam.wrapper import OptimizerWrapper, or_default
@@ -215,7 +215,7 @@ class FusedSAM(OptimizerWrapper):
 
         Without the loss scale, where `grad_scaler` is known; else with it. The momentum's under direction="momentum".
         """
-        norm, scale = self._state.layout.norm, self._state.loss_scale
+        norm, scale = self._state.perturbation.norm, self._state.loss_scale
         if norm is None:
             return None
         return norm.clone() if scale is None else norm / scale.to(norm.device, non_blocking=True)
@@ -259,8 +259,8 @@ class FusedSAM(OptimizerWrapper):
             raise
         if not climbed:
             self._rehearse()
-            self._end_announcement()
-            self._state.announced = PlainStep(self._parameters() if self.direction == "gradient" else ())
+            self._end_plain_step()
+            self._state.plain_step = PlainStep(self._parameters() if self.direction == "gradient" else ())
         return climbed
 
     @_disable_dynamo
@@ -305,7 +305,7 @@ class FusedSAM(OptimizerWrapper):
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
         self._complete_groups()
-        idle = not (self._state.perturbed or self._state.announced)
+        idle = not (self._state.perturbed or self._state.plain_step)
         if closure is None and idle and self._is_state_initialisation():
             self.base_optimizer.step()
             return None
@@ -344,7 +344,7 @@ class FusedSAM(OptimizerWrapper):
                 raise
             finally:
                 sam._state.stepping = False
-                sam._end_announcement()
+                sam._end_plain_step()
 
         return uncompiled(step)
 
@@ -375,7 +375,7 @@ class FusedSAM(OptimizerWrapper):
         """
         passes = None if closure is None else self._passes(closure)
         if passes is None or passes.empty:
-            plain = self.direction == "momentum" and self._state.announced is not None
+            plain = self.direction == "momentum" and self._state.plain_step is not None
             if not self._state.perturbed and self.is_sam_step and not plain:
                 raise RuntimeError(
                     "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
@@ -432,8 +432,8 @@ class FusedSAM(OptimizerWrapper):
 
     def _rehearse(self) -> None:
         """Meets on the first plain step what a SAM step would refuse: `start` must not fail at 70 % of a run."""
-        if not self._state.rehearsed and not self._state.layout.buckets:
-            self._state.rehearsed = self._state.layout.rehearse(self.param_groups)
+        if not self._state.rehearsed and not self._state.perturbation.buckets:
+            self._state.rehearsed = self._state.perturbation.rehearse(self.param_groups)
 
     def _gradients_are_there(self) -> bool:
         """Whether a closure is to find the gradients at w, and not to compute them."""
@@ -450,7 +450,7 @@ class FusedSAM(OptimizerWrapper):
     def _call_above(self, closure: Closure) -> Any:
         """Runs a closure once, at w + e_w, by the gradients that were there; says so where it seems to be a mistake."""
         state = self._state
-        moved = None if state.watched or self.closure_passes != "auto" else state.layout.smallest()
+        moved = None if state.watched or self.closure_passes != "auto" else state.perturbation.smallest()
         if moved is None:
             return self._call(closure)
         state.watched = True
@@ -498,10 +498,10 @@ class FusedSAM(OptimizerWrapper):
         amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
         there = False
         try:
-            there = state.layout.measure(self.param_groups)
+            there = state.perturbation.measure(self.param_groups)
         finally:
             if not there:
-                state.layout.release()
+                state.perturbation.release()
         if self.direction == "momentum":
             misuse.check_momentum(state, self.base_optimizer, self._parameters(), self._steps, there)
         elif not there:
@@ -513,16 +513,16 @@ class FusedSAM(OptimizerWrapper):
         # Buckets know themselves how far perturb got.
         state.perturbing = state.perturbed = True
         try:
-            state.layout.perturb()
+            state.perturbation.perturb()
             if not state.perturbed:
                 raise RuntimeError("restore() was called, by a signal handler, while first_step() was under way")
         except BaseException:
-            state.layout.restore()
+            state.perturbation.restore()
             state.perturbed = False
             raise
         finally:
             state.perturbing = False
-        state.witness = state.layout.witness()
+        state.witness = state.perturbation.witness()
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
         return True
@@ -531,7 +531,7 @@ class FusedSAM(OptimizerWrapper):
     def _restore(self) -> None:
         # Also after a first signal, in whose wake perturb still writes.
         if self._state.perturbed or self._state.perturbing:
-            self._state.layout.restore(again=self._state.perturbing)
+            self._state.perturbation.restore(again=self._state.perturbing)
             self._state.perturbed = False
             torch.clear_autocast_cache()
 
@@ -570,8 +570,8 @@ class FusedSAM(OptimizerWrapper):
 
     def _after_zero_grad(self, gone: bool) -> None:
         state = self._state
-        if state.announced is not None:
-            state.announced.forgive()
+        if state.plain_step is not None:
+            state.plain_step.forgive()
         if state.clearing is not None:
             state.clearing.cleared = True
         if not gone:
@@ -588,10 +588,10 @@ class FusedSAM(OptimizerWrapper):
         if not self._state.stepping:  # somebody steps the base optimizer by itself
             self._mark_stale()
 
-    def _end_announcement(self) -> None:
-        if self._state.announced is not None:
-            self._state.announced.end()
-            self._state.announced = None
+    def _end_plain_step(self) -> None:
+        if self._state.plain_step is not None:
+            self._state.plain_step.end()
+            self._state.plain_step = None
 
     def _require_idle(self, what: str) -> None:
         if self._state.perturbed:

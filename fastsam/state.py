@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastsam.direction import Direction
 from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients
-from fastsam.layout import Layout
+from fastsam.perturbation import Perturbation
 
 __all__ = ["State"]
 
@@ -17,10 +17,10 @@ class State:
     def __init__(self, backend: str | None, direction: Direction) -> None:
         self.perturbed = False
         self.perturbing = False
-        self.layout = Layout(backend, direction)
+        self.perturbation = Perturbation(backend, direction)
         self.stale = StaleGradients()
         self.loss_scale: Tensor | None = None
-        self.announced: PlainStep | None = None  # what first_step() returned False on
+        self.plain_step: PlainStep | None = None  # what first_step() returned False on
         self.clearing: ClearingWatch | None = None
         self.rehearsed = False
         self.clears = False  # second_step() will, so that there is nothing to mark

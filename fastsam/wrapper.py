@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from fastsam.arguments import ContextFactory
 from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
-from fastsam.layout import flatten_groups
 from fastsam.options import (
     COUNTER,
     OPTIONS,
@@ -26,6 +25,7 @@ from fastsam.options import (
     check_start,
     complete_group,
 )
+from fastsam.perturbation import flatten_groups
 
 __all__ = ["OptimizerWrapper", "or_default"]
 

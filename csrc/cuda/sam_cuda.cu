@@ -90,7 +90,7 @@ void dispatch_ascent(ScalarType type, const F& f) {
     f.template operator()<float>();
 }
 
-void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t index, bool last, Tensor partials,
+void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t index, bool finish, Tensor partials,
           Tensor adaptive, Tensor rho, Tensor epsilon, Tensor square_sums, Tensor norm, Tensor scale, Tensor saved,
           Tensor counter) {
   const torch::stable::accelerator::DeviceGuard guard(chunks.get_device_index());
@@ -108,7 +108,7 @@ void norm(Tensor chunks, Tensor weights, Tensor grads, ScalarType dtype, int64_t
   dispatch(dtype, [&]<typename T>() {
     dispatch_ascent(norm.scalar_type(), [&]<typename A>() {
       norm_kernel<T, A><<<static_cast<uint32_t>(blocks), kThreads, 0, stream_of(chunks)>>>(
-          bucket, per_block, longer, a, sums, count, flag, square_sum, last,
+          bucket, per_block, longer, a, sums, count, flag, square_sum, finish,
           scales_of<A>(rho, epsilon, norm, scale));
     });
   });

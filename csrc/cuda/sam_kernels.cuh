@@ -211,13 +211,13 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
   return before == gridDim.x - 1;
 }
 
-// The sum of squares of a bucket; where `last`, also norm and scales. A thread sums a chunk in the dtype's arithmetic,
+// The sum of squares of a bucket; where `finish`, also norm and scales. A thread sums a chunk in the dtype's arithmetic,
 // and chunks in fp64: equal gradients would otherwise all round in one direction. A block takes `per_block` chunks in a
 // row, the first `longer` blocks one more.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 5 : 6)  // as many blocks as fit without a spill
     norm_kernel(const Bucket bucket, const int32_t per_block, const int32_t longer, const int32_t* adaptive,
-                double* partials, uint32_t* counter, int32_t* saved, double* square_sum, const bool last,
+                double* partials, uint32_t* counter, int32_t* saved, double* square_sum, const bool finish,
                 const Scales<A> out) {
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   const int32_t first = block * per_block + min(block, longer);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 5 : 6)  // as many 
   if (threadIdx.x == 0) {
     *saved = 0;
     *square_sum = sum;
-    if (last) write_scales(sum, out);
+    if (finish) write_scales(sum, out);
   }
 }
 

@@ -1,7 +1,7 @@
 """Backends: norm, perturb and restore of one bucket, four files of one signature. This module picks one.
 
 A backend module offers what `Backend` names, and may have an ``obstacle()`` that says why what could be imported cannot
-serve here. It knows buckets and the scalars of an ascent, and nothing of optimizers or of other backends.
+serve here. A backend knows buckets and the scalars of a device. It knows nothing of optimizers or of other backends.
 """
 
 from __future__ import annotations
@@ -14,35 +14,31 @@ from typing import Protocol, cast
 
 import torch
 
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "default", "load", "missing"]
 
 BACKENDS = ("triton", "cuda", "cpp", "foreach", "reference")
 """Names, best first."""
 
-_DEVICES = {"triton": "cuda", "cuda": "cuda", "cpp": "cpu"}
-"""The only device type that a backend serves; those not named serve any. Under TRITON_INTERPRET=1 Triton serves CPU
-tensors instead, slowly: for tests, and never by default."""
-
-_MODULES = {"cpp": "native"}
-"""The file of a backend, where its name is not the backend's."""
-
 
 class Backend(Protocol):
     """The one signature. All calls are asynchronous on the current stream of the bucket's device."""
 
+    DEVICE: str | None
+    """The only device type that the backend serves; None: it serves any."""
+
     def chunk_size(self, numel: int) -> int:
         """Elements in a chunk, by number of elements in the bucket."""
 
-    def norm(self, bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
-        """Writes the bucket's entry of ``ascent.square_sums``; with `finish` also what `combine` writes."""
+    def norm(self, bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
+        """Writes the bucket's entry of ``scalars.square_sums``; with `finish` also what `combine` writes."""
 
-    def combine(self, ascent: Ascent) -> None:
-        """Writes ``ascent.norm`` and ``ascent.scale`` from ``ascent.square_sums``."""
+    def combine(self, scalars: Scalars) -> None:
+        """Writes ``scalars.norm`` and ``scalars.scale`` from ``scalars.square_sums``."""
 
-    def perturb(self, bucket: ParameterBucket, ascent: Ascent) -> None:
+    def perturb(self, bucket: ParameterBucket, scalars: Scalars) -> None:
         """Saves the live weights, then w <- w + e_w; where the norm is not finite w stays, bit for bit."""
 
     def restore(self, bucket: ParameterBucket) -> None:
@@ -83,8 +79,11 @@ def _missing(name: str, cuda_is_initialized: bool) -> str | None:
 
 def default(device: torch.device) -> str:
     """The name of the backend that is used for a device when none is asked for."""
-    names = [name for name in BACKENDS if _DEVICES.get(name, device.type) == device.type == _device_type(name, device)]
-    return next(name for name in names if missing(name) is None)
+    for name in BACKENDS:
+        interpreted = name == "triton" and device.type == "cpu"  # slow: for tests, which ask for it by name
+        if not interpreted and missing(name) is None and _module(name).DEVICE in (None, device.type):
+            return name
+    raise AssertionError("the reference backend serves any device")
 
 
 def load(name: str | None, device: torch.device) -> Backend:
@@ -101,13 +100,13 @@ def load(name: str | None, device: torch.device) -> Backend:
     if name is None:
         name = os.environ.get("FASTSAM_BACKEND") or default(device)
     check_name(name)
-    device_type = _device_type(name, device)
-    if device_type != device.type:
-        raise ValueError(f"backend {name!r} serves {device_type} tensors, but a parameter is on {device}")
     reason = missing(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is missing: {reason}")
-    return _module(name)
+    module = _module(name)
+    if module.DEVICE not in (None, device.type):
+        raise ValueError(f"backend {name!r} serves {module.DEVICE} tensors, but a parameter is on {device}")
+    return module
 
 
 def check_name(name: str) -> None:
@@ -116,12 +115,5 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
 
 
-def _device_type(name: str, device: torch.device) -> str:
-    """The device type that a backend serves: the one of `device` where it serves any."""
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    return _DEVICES.get(name, device.type)
-
-
 def _module(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"fastsam.backends.{_MODULES.get(name, name)}"))
+    return cast(Backend, importlib.import_module(f"fastsam.backends.{name}"))

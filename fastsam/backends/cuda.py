@@ -10,10 +10,12 @@ from types import ModuleType
 
 import torch
 
-from fastsam.backends import native
+from fastsam.backends import cpp
 from fastsam.bucket import ParameterBucket
 
-__all__ = ["chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
+__all__ = ["DEVICE", "chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
+
+DEVICE: str | None = "cuda"
 
 try:
     _library: ModuleType = importlib.import_module("fastsam._C_cuda")
@@ -27,9 +29,9 @@ except ImportError as error:
         "a torch for that CUDA: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
     ) from None
 
-norm = native.norm
-combine = native.combine
-perturb = native.perturb
+norm = cpp.norm
+combine = cpp.combine
+perturb = cpp.perturb
 
 
 def chunk_size(numel: int) -> int:
@@ -39,7 +41,7 @@ def chunk_size(numel: int) -> int:
 
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
-    native.restore(bucket)
+    cpp.restore(bucket)
     bucket.free_backup()
 
 

@@ -14,11 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastsam.ascent import Ascent
 from fastsam.backends import reference
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 
-__all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
+__all__ = ["DEVICE", "chunk_size", "combine", "norm", "perturb", "restore"]
+
+DEVICE: str | None = None
 
 chunk_size = reference.chunk_size
 
@@ -212,15 +214,15 @@ class _Plan:
             self._backup = backup
 
 
-def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
+def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     plan = _plan(bucket)
     plan.saved = 0
     bucket.set_saved(0)
-    rows = plan.rows(any(ascent.groups_adaptive))
+    rows = plan.rows(any(scalars.groups_adaptive))
     for k, block in enumerate(rows.blocks):
         grads = block.grads(bucket)
-        if ascent.groups_adaptive[block.group]:
+        if scalars.groups_adaptive[block.group]:
             w, g = block.read(plan, 1, block.weights), block.read(plan, 0, grads)
             rows.measure(k, torch.mul(w, g, out=plan.buffer(0)[: block.numel]))
         elif len(grads) == 1 and bucket.dtype is plan.wide:
@@ -231,21 +233,21 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
     if _on_cpu(bucket):
         total = sum([norm * norm for norm in norms.tolist()])
         if plan.wide is torch.float32 and not SAFE[0] < total < SAFE[1]:
-            total = _sum_in_fp64(bucket, plan, ascent)
-        ascent.host.square_sums[bucket.index] = total
+            total = _sum_in_fp64(bucket, plan, scalars)
+        scalars.host.square_sums[bucket.index] = total
     else:
-        square_sum = ascent.square_sums[bucket.index]
+        square_sum = scalars.square_sums[bucket.index]
         square_sum.copy_(norms.to(square_sum.dtype).square().sum())
     if finish:
-        combine(ascent)
+        combine(scalars)
 
 
-def combine(ascent: Ascent) -> None:
+def combine(scalars: Scalars) -> None:
     """norm and scale from the sums of all buckets; on a CPU without torch, rounding where it rounds: at each store."""
-    if ascent.device.type != "cpu":
-        reference.combine(ascent)
+    if scalars.device.type != "cpu":
+        reference.combine(scalars)
         return
-    rho, epsilon, square_sums, norm, scale = ascent.host
+    rho, epsilon, square_sums, norm, scale = scalars.host
     norm[0] = math.sqrt(sum(square_sums))
     for i in range(len(scale)):
         scale[i] = norm[0] + epsilon[i]
@@ -255,12 +257,12 @@ def combine(ascent: Ascent) -> None:
             scale[i] = 0
 
 
-def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
+def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
     """Saves w, then w <- w + e_w. On a CPU the backup is kept: fresh memory costs more than the pass."""
     on_cpu = _on_cpu(bucket)
-    if on_cpu and not math.isfinite(ascent.host.norm[0]):
+    if on_cpu and not math.isfinite(scalars.host.norm[0]):
         return
-    not_finite = None if on_cpu else ascent.norm.isfinite().logical_not()
+    not_finite = None if on_cpu else scalars.norm.isfinite().logical_not()
     generation = bucket.next_generation()
     plan = _plan(bucket)
     if bucket.backup is None:
@@ -272,18 +274,18 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
         if plan.saved == len(plan.blocks):
             bucket.set_saved(generation)
         grads = block.grads(bucket)
-        adaptive = ascent.groups_adaptive[block.group]
+        adaptive = scalars.groups_adaptive[block.group]
         if on_cpu and not adaptive:
             # scale * g * 1 + w: a product with 1 is exact, so torch may contract it with the sum, and rounds twice.
             ones = [plan.one] * len(grads)
-            torch._foreach_addcmul_(block.weights, grads, ones, value=ascent.host.scale[block.group])
+            torch._foreach_addcmul_(block.weights, grads, ones, value=scalars.host.scale[block.group])
             continue
         e_w, square = (plan.buffer(i)[: block.numel] for i in (0, 2))
         g = block.read(plan, 0, grads)
         w = block.read(plan, 1, block.weights) if adaptive or bucket.dtype is not plan.wide else g
         if adaptive:
             g = torch.mul(torch.mul(w, w, out=square), g, out=e_w)
-        torch.mul(g, ascent.scale[block.group].to(plan.wide), out=e_w)
+        torch.mul(g, scalars.scale[block.group].to(plan.wide), out=e_w)
         if not_finite is not None:
             # Select on the device: to look at the norm would be to wait for it. w + -0.0 is w, also for w = -0.0.
             e_w.masked_fill_(not_finite, -0.0)
@@ -372,12 +374,12 @@ def _cut(numel: int) -> list[tuple[int, int, int]]:
     return [cut for cut in ((0, rows, ROW), (rows * ROW, 1, rest)) if 0 not in cut[1:]]
 
 
-def _sum_in_fp64(bucket: ParameterBucket, plan: _Plan, ascent: Ascent) -> float:
+def _sum_in_fp64(bucket: ParameterBucket, plan: _Plan, scalars: Scalars) -> float:
     """The sum of squares where fp32 squares overflow or vanish: rare, so slowly."""
     total = 0.0
     for block in plan.blocks:
         for w, g in zip(block.weights, block.grads(bucket), strict=True):
-            term = g.double() * w.double() if ascent.groups_adaptive[block.group] else g.double()
+            term = g.double() * w.double() if scalars.groups_adaptive[block.group] else g.double()
             for part in torch.split(term.flatten(), GRAIN):
                 total += part.square().sum().item()
     return total

@@ -16,10 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 
-__all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
+__all__ = ["DEVICE", "chunk_size", "combine", "norm", "perturb", "restore"]
+
+DEVICE: str | None = None
 
 
 def chunk_size(numel: int) -> int:
@@ -27,41 +29,41 @@ def chunk_size(numel: int) -> int:
     return max(numel, 1)
 
 
-def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
+def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     bucket.set_saved(0)
     bucket.backup = None
-    square_sum = torch.zeros_like(ascent.square_sums[bucket.index])
+    square_sum = torch.zeros_like(scalars.square_sums[bucket.index])
     for group, w, g in bucket.terms():
         term = g
-        if ascent.groups_adaptive[group]:
+        if scalars.groups_adaptive[group]:
             term = widen(w).abs() * g
         # In fp64: on CPU, torch's fp32 norm of 1e8 elements is 0.8 % short.
         square_sum += torch.linalg.vector_norm(term, dtype=square_sum.dtype) ** 2
-    ascent.square_sums[bucket.index] = square_sum
+    scalars.square_sums[bucket.index] = square_sum
     if finish:
-        combine(ascent)
+        combine(scalars)
 
 
-def combine(ascent: Ascent) -> None:
+def combine(scalars: Scalars) -> None:
     """norm and scale from the sums of all buckets."""
-    ascent.norm.copy_(ascent.square_sums.sum().sqrt())
-    scale = (ascent.norm + ascent.epsilon).reciprocal() * ascent.rho
-    ascent.scale.copy_(torch.where(ascent.norm.isfinite() & scale.isfinite(), scale, 0))
+    scalars.norm.copy_(scalars.square_sums.sum().sqrt())
+    scale = (scalars.norm + scalars.epsilon).reciprocal() * scalars.rho
+    scalars.scale.copy_(torch.where(scalars.norm.isfinite() & scale.isfinite(), scale, 0))
 
 
-def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
+def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
     """Saves w, then w <- w + e_w."""
     backup = bucket.allocate_backup()
     for view, w in zip(bucket.live_views(backup), bucket.live_weights(), strict=True):
         view.copy_(w)
     bucket.backup = backup
     bucket.set_saved(bucket.next_generation())
-    finite = ascent.norm.isfinite()
+    finite = scalars.norm.isfinite()
     for group, weight, g in bucket.terms():
         w = widen(weight)
-        scale = ascent.scale[group].to(w.dtype)
-        if ascent.groups_adaptive[group]:
+        scale = scalars.scale[group].to(w.dtype)
+        if scalars.groups_adaptive[group]:
             e_w = w**2 * g * scale
         else:
             e_w = g.to(w.dtype) * scale

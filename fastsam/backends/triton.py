@@ -14,12 +14,13 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly: for tests.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 
 try:
     import triton
@@ -27,7 +28,9 @@ try:
 except Exception as error:  # a broken install raises anything
     raise ImportError(f"Triton cannot be imported ({error!r}): pip install --upgrade triton") from None
 
-__all__ = ["chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
+__all__ = ["DEVICE", "chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
+
+DEVICE: str | None = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 OLDEST_TRITON = (3, 2)
 OLDEST_CAPABILITY = (8, 0)
@@ -310,7 +313,7 @@ def chunk_size(numel: int) -> int:
     return 4096 if numel < 50_000_000 else 8192
 
 
-def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
+def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     n_chunks = len(bucket.chunks)
     # By the number of chunks alone: the same sums in the same order on every GPU. The first programs take one more.
@@ -322,40 +325,40 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
             n_chunks % programs,
             bucket.weight_table.tensor,
             bucket.grad_table.tensor,
-            ascent.adaptive,
+            scalars.adaptive,
             bucket.partials,
             bucket.counter,
             bucket.saved,
-            ascent.square_sums,
+            scalars.square_sums,
             bucket.index,
-            ascent.rho,
-            ascent.epsilon,
-            len(ascent.rho),
-            ascent.norm,
-            ascent.scale,
+            scalars.rho,
+            scalars.epsilon,
+            len(scalars.rho),
+            scalars.norm,
+            scalars.scale,
             DTYPE=DTYPES[bucket.dtype],
-            ADAPTIVE=any(ascent.groups_adaptive),
+            ADAPTIVE=any(scalars.groups_adaptive),
             FINISH=finish,
             **shape(bucket.dtype),
         )
 
 
-def combine(ascent: Ascent) -> None:
+def combine(scalars: Scalars) -> None:
     """norm and scale from the sums of all buckets."""
-    with _on(ascent.device):
+    with _on(scalars.device):
         _combine[(1,)](
-            ascent.square_sums,
-            len(ascent.square_sums),
-            ascent.rho,
-            ascent.epsilon,
-            len(ascent.rho),
-            ascent.norm,
-            ascent.scale,
+            scalars.square_sums,
+            len(scalars.square_sums),
+            scalars.rho,
+            scalars.epsilon,
+            len(scalars.rho),
+            scalars.norm,
+            scalars.scale,
             num_warps=1,
         )
 
 
-def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
+def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
     """Saves w and w <- w + e_w, in one pass."""
     bucket.backup = bucket.allocate_backup()
     if len(bucket.chunks):
@@ -364,13 +367,13 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
                 bucket.chunks,
                 bucket.weight_table.tensor,
                 bucket.grad_table.tensor,
-                ascent.adaptive,
-                ascent.norm,
-                ascent.scale,
+                scalars.adaptive,
+                scalars.norm,
+                scalars.scale,
                 bucket.backup,
                 bucket.saved,
                 bucket.next_generation(),
-                ADAPTIVE=any(ascent.groups_adaptive),
+                ADAPTIVE=any(scalars.groups_adaptive),
                 **UNFUSED,
                 **shape(bucket.dtype),
             )

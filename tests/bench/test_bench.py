@@ -296,7 +296,7 @@ def test_table_refreshes_of_a_step() -> None:
     params = parameters(torch.float32)
     sam = fastsam.FusedSAM(params, EmptyBase, backend="cpp")
     take = steps(sam, turns=4)
-    ((_, bucket),) = sam._state.layout.buckets
+    ((_, bucket),) = sam._state.perturbation.buckets
     weights, grads = bucket.weight_table.refreshes, bucket.grad_table.refreshes
     take()
     assert (bucket.weight_table.refreshes, bucket.grad_table.refreshes) == (weights, grads + 4)
@@ -306,7 +306,7 @@ def test_table_refreshes_of_a_step() -> None:
         sam.first_step()
         sam.restore()
     assert bucket.grad_table.refreshes == grads + 5
-    assert sam._state.layout.buckets[0][1] is bucket
+    assert sam._state.perturbation.buckets[0][1] is bucket
 
 
 def python_calls(tensors: int) -> tuple[Counter[str], Counter[str]]:
@@ -352,7 +352,7 @@ def test_foreach_is_measured_without_the_native_library() -> None:
     usual.first_step()
     usual.restore()
     for sam, expected in ((by_python.sam, None), (usual, survey.native())):
-        [(_, bucket)] = sam._state.layout.buckets
+        [(_, bucket)] = sam._state.perturbation.buckets
         assert bucket._places._library is expected
 
 

@@ -372,14 +372,14 @@ MUTANTS = (
     ),
     Mutant(
         "a new layout frees what a graph reads",
-        "fastsam/layout.py",
-        "self._in_graphs.append((self.buckets, self._ascents))",
+        "fastsam/perturbation.py",
+        "self._in_graphs.append((self.buckets, self._scalars))",
         "pass",
         on_gpu("graphs", "outlives_a_new_layout"),
     ),
     Mutant(
         "half a step in a capture",
-        "fastsam/layout.py",
+        "fastsam/perturbation.py",
         "and capturing(bucket.device) and not bucket.grad_table.captured:",
         "and False:",
         on_gpu("graphs", "second_step_alone"),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastsam import FusedSAM, backends
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, bits, copies, norm64, perturbed, same_bits
 from tests.scaled import (
     NAMES,
@@ -110,10 +110,10 @@ def test_any_number_of_tensors(fused_backend, count):
     assert same_bits(torch.cat(copies(params)), before)
 
 
-def ascent_of(bucket, adaptive):
-    ascent = Ascent(bucket.device, torch.float64 if bucket.dtype is torch.float64 else torch.float32, 1, 1)
-    ascent.set_groups([0.3], [1e-12], [adaptive])
-    return ascent
+def scalars_of(bucket, adaptive):
+    scalars = Scalars(bucket.device, torch.float64 if bucket.dtype is torch.float64 else torch.float32, 1, 1)
+    scalars.set_groups([0.3], [1e-12], [adaptive])
+    return scalars
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
@@ -129,13 +129,13 @@ def test_all_backends_perturb_to_the_same_bits(dtype, adaptive):
         set_grads(params)
         bucket = ParameterBucket(params, [0] * len(params), ["w"] * len(params), 0, backend.chunk_size)
         assert bucket.gather()
-        ascent = ascent_of(bucket, adaptive)
+        scalars = scalars_of(bucket, adaptive)
         with torch.no_grad():
-            backend.norm(bucket, ascent, True)
-            norms[name] = float(ascent.norm)
-            scale = ascent.scale.clone() if scale is None else scale
-            ascent.scale.copy_(scale)
-            backend.perturb(bucket, ascent)
+            backend.norm(bucket, scalars, True)
+            norms[name] = float(scalars.norm)
+            scale = scalars.scale.clone() if scale is None else scale
+            scalars.scale.copy_(scale)
+            backend.perturb(bucket, scalars)
             found[name] = copies(params)
             backend.restore(bucket)
         assert same_bits(copies(params), before), name
@@ -150,7 +150,7 @@ def test_thousands_of_norms_have_one_bit_pattern(fused_backend):
     params = [nn.Parameter(torch.zeros(n, device=DEVICE)) for n in (9_000_001, 3, 700_000)]
     sets = [[randn(p.shape, torch.float32, seed + i) * seed for i, p in enumerate(params)] for seed in (1, 50)]
     sam = FusedSAM(params, torch.optim.SGD, backend=fused_backend, lr=0.1)
-    layout, norms = sam._state.layout, []
+    layout, norms = sam._state.perturbation, []
     for k in range(4000):
         for p, g in zip(params, sets[k % 2], strict=True):
             p.grad = g

@@ -47,33 +47,33 @@ def call(function, *arguments):
     )
 
 
-def scalars(ascent):
-    return ascent.rho, ascent.epsilon, len(ascent.rho), ascent.norm, ascent.scale
+def combined(scalars):
+    return scalars.rho, scalars.epsilon, len(scalars.rho), scalars.norm, scalars.scale
 
 
 def bucket_arguments(bucket):
     return bucket.chunks, len(bucket.chunks), bucket.weight_table.tensor, bucket.grad_table.tensor
 
 
-def is_fp64(ascent):
-    return ascent.dtype is torch.float64
+def is_fp64(scalars):
+    return scalars.dtype is torch.float64
 
 
-def norm(bucket, ascent, finish):
+def norm(bucket, scalars, finish):
     blocks = min(max(len(bucket.chunks), 1), MOST_BLOCKS)
-    sums = bucket.partials, bucket.counter, bucket.saved, ascent.square_sums[bucket.index :]
-    arguments = *bucket_arguments(bucket), blocks, ascent.adaptive, *sums, finish, *scalars(ascent)
-    call("norm", DTYPES[bucket.dtype], is_fp64(ascent), *arguments)
+    sums = bucket.partials, bucket.counter, bucket.saved, scalars.square_sums[bucket.index :]
+    arguments = *bucket_arguments(bucket), blocks, scalars.adaptive, *sums, finish, *combined(scalars)
+    call("norm", DTYPES[bucket.dtype], is_fp64(scalars), *arguments)
 
 
-def combine(ascent):
-    call("combine", is_fp64(ascent), ascent.square_sums, len(ascent.square_sums), *scalars(ascent))
+def combine(scalars):
+    call("combine", is_fp64(scalars), scalars.square_sums, len(scalars.square_sums), *combined(scalars))
 
 
-def perturb(bucket, ascent):
+def perturb(bucket, scalars):
     bucket.backup = bucket.allocate_backup()
-    arguments = *bucket_arguments(bucket), ascent.adaptive, ascent.norm, ascent.scale, bucket.backup, bucket.saved
-    call("perturb", DTYPES[bucket.dtype], is_fp64(ascent), *arguments, bucket.next_generation())
+    arguments = *bucket_arguments(bucket), scalars.adaptive, scalars.norm, scalars.scale, bucket.backup, bucket.saved
+    call("perturb", DTYPES[bucket.dtype], is_fp64(scalars), *arguments, bucket.next_generation())
     torch.autograd.graph.increment_version(bucket.live_weights())
 
 

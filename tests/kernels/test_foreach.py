@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import FusedSAM
-from fastsam.ascent import Ascent
 from fastsam.backends import foreach, reference
+from fastsam.scalars import Scalars
 from tests.oracle import DTYPES, NORM_TOLERANCE, copies, norm64, perturbed, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
@@ -187,13 +187,13 @@ ODD = st.sampled_from([0.0, 5e-324, 1e-45, 1e-38, 0.1, 1 / 3, 1.0, 7e37, 1e38, 1
 )
 def test_pythons_arithmetic_has_the_bits_of_torchs(square_sums, groups, dtype):
     """But for sqrt: Python's is rounded correctly, torch's not by every library that it was built with."""
-    ascents = [Ascent(torch.device("cpu"), dtype, len(groups), len(square_sums)) for _ in range(2)]
-    for ascent, backend in zip(ascents, (foreach, reference), strict=True):
-        ascent.rho.copy_(torch.tensor([rho for rho, _ in groups], dtype=torch.float64))
-        ascent.epsilon.copy_(torch.tensor([epsilon for _, epsilon in groups], dtype=torch.float64))
-        ascent.square_sums.copy_(torch.tensor(square_sums, dtype=torch.float64))
-        backend.combine(ascent)
-    ours, expected = ascents
+    all_scalars = [Scalars(torch.device("cpu"), dtype, len(groups), len(square_sums)) for _ in range(2)]
+    for scalars, backend in zip(all_scalars, (foreach, reference), strict=True):
+        scalars.rho.copy_(torch.tensor([rho for rho, _ in groups], dtype=torch.float64))
+        scalars.epsilon.copy_(torch.tensor([epsilon for _, epsilon in groups], dtype=torch.float64))
+        scalars.square_sums.copy_(torch.tensor(square_sums, dtype=torch.float64))
+        backend.combine(scalars)
+    ours, expected = all_scalars
     eps = torch.finfo(dtype).eps
     assert float(ours.norm) == pytest.approx(float(expected.norm), rel=eps, abs=5e-324, nan_ok=True)
     scale = (ours.norm + ours.epsilon).reciprocal() * ours.rho

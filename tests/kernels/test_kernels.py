@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastsam import backends
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 from tests.kernels import emulated_cuda
 from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, bits, copies, is_exact, norm64, same_bits
 
@@ -78,7 +78,7 @@ class Case:
         self.before = copies(self.w.tensors)
         self.bucket = self._bucket(self.w.tensors, self.g.tensors, lambda numel: chunk)
         self.twin = self._bucket(copies(self.w.tensors), copies(self.g.tensors), lambda numel: max(numel, 1))
-        self.ascent, self.expected = (self._ascent(device, dtype, rho) for _ in range(2))
+        self.scalars, self.expected = (self._scalars(device, dtype, rho) for _ in range(2))
 
     def _bucket(self, weights, grads, chunk_size):
         for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
@@ -87,20 +87,20 @@ class Case:
         bucket.gather()
         return bucket
 
-    def _ascent(self, device, dtype, rho):
-        ascent = Ascent(device, torch.float64 if dtype is torch.float64 else torch.float32, 2, 1)
-        ascent.set_groups([*rho], [1e-12, 0.5], self.adaptive)
-        return ascent
+    def _scalars(self, device, dtype, rho):
+        scalars = Scalars(device, torch.float64 if dtype is torch.float64 else torch.float32, 2, 1)
+        scalars.set_groups([*rho], [1e-12, 0.5], self.adaptive)
+        return scalars
 
     def norm(self):
-        self.backend.norm(self.bucket, self.ascent, True)
+        self.backend.norm(self.bucket, self.scalars, True)
         backends.load("reference", self.bucket.device).norm(self.twin, self.expected, True)
 
     def perturb(self):
         """Perturbs both by the scale that the backend under test came to."""
-        self.expected.norm.copy_(self.ascent.norm)
-        self.expected.scale.copy_(self.ascent.scale)
-        self.backend.perturb(self.bucket, self.ascent)
+        self.expected.norm.copy_(self.scalars.norm)
+        self.expected.scale.copy_(self.scalars.scale)
+        self.backend.perturb(self.bucket, self.scalars)
         backends.load("reference", self.bucket.device).perturb(self.twin, self.expected)
 
     def check(self):
@@ -109,10 +109,10 @@ class Case:
         flags = [self.adaptive[group] for group in self.groups]
         grads = [None if i in self.missing else g for i, g in enumerate(self.g.tensors)]
         tolerance = 1e-14 if self.bucket.dtype is torch.float64 else NORM_TOLERANCE
-        assert float(self.ascent.norm) == pytest.approx(norm64(self.before, grads, flags), rel=tolerance)
+        assert float(self.scalars.norm) == pytest.approx(norm64(self.before, grads, flags), rel=tolerance)
         assert int(self.bucket.saved) == int(self.bucket.counter) == 0
-        reciprocal = (self.ascent.norm + self.ascent.epsilon).reciprocal()
-        assert same_bits(self.ascent.scale, reciprocal * self.ascent.rho)
+        reciprocal = (self.scalars.norm + self.scalars.epsilon).reciprocal()
+        assert same_bits(self.scalars.scale, reciprocal * self.scalars.rho)
 
         self.perturb()
         assert int(self.bucket.saved) == self.bucket.generation != 0
@@ -173,9 +173,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(kernels, dtype, at, value):
     case.g.tensors[1][at] = value
     before = copies(case.w.tensors)
     case.norm()
-    assert not bool(case.ascent.norm.isfinite())
-    assert case.ascent.scale.tolist() == [0.0, 0.0]
-    case.backend.perturb(case.bucket, case.ascent)
+    assert not bool(case.scalars.norm.isfinite())
+    assert case.scalars.scale.tolist() == [0.0, 0.0]
+    case.backend.perturb(case.bucket, case.scalars)
     assert same_bits(case.w.tensors, before)
     case.backend.restore(case.bucket)
     assert same_bits(case.w.tensors, before)
@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(kernels, dtype, at, value):
 def test_a_scale_that_is_zero_or_not_finite_moves_nothing(kernels, rho):
     case = Case(kernels, torch.float32, [40, 300], rho=rho)
     case.norm()
-    assert case.ascent.scale.tolist() == [0.0, 0.0]
+    assert case.scalars.scale.tolist() == [0.0, 0.0]
     case.perturb()
     assert all(map(torch.equal, case.w.tensors, case.before))
 
@@ -240,7 +240,7 @@ def test_versions_tell_of_every_write(kernels):
 
     case.norm()
     first = versions()
-    case.backend.perturb(case.bucket, case.ascent)
+    case.backend.perturb(case.bucket, case.scalars)
     second = versions()
     case.backend.restore(case.bucket)
     third = versions()
@@ -251,8 +251,8 @@ def test_versions_tell_of_every_write(kernels):
 def test_a_bucket_of_empty_parameters(kernels):
     case = Case(kernels, torch.float32, [0, 0])
     case.norm()
-    assert float(case.ascent.norm) == 0
-    case.backend.perturb(case.bucket, case.ascent)
+    assert float(case.scalars.norm) == 0
+    case.backend.perturb(case.bucket, case.scalars)
     case.backend.restore(case.bucket)
 
 
@@ -261,15 +261,15 @@ def test_a_bucket_of_empty_parameters(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_combine(kernels, dtype, n_buckets, n_groups):
     _, device, backend = kernels
-    ascent = Ascent(device, dtype, n_groups, n_buckets)
+    scalars = Scalars(device, dtype, n_groups, n_buckets)
     rho = [0.1 * i for i in range(n_groups)]
-    ascent.set_groups(rho, [1e-3 * i for i in range(n_groups)], [False] * n_groups)
+    scalars.set_groups(rho, [1e-3 * i for i in range(n_groups)], [False] * n_groups)
     sums = torch.rand(n_buckets, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ascent.square_sums.copy_(sums)
-    backend.combine(ascent)
+    scalars.square_sums.copy_(sums)
+    backend.combine(scalars)
     norm = float(sums.sum().sqrt())
-    assert float(ascent.norm) == pytest.approx(norm, rel=1e-15 if dtype is torch.float64 else 1e-7)
-    assert same_bits(ascent.scale, (ascent.norm + ascent.epsilon).reciprocal() * ascent.rho)
+    assert float(scalars.norm) == pytest.approx(norm, rel=1e-15 if dtype is torch.float64 else 1e-7)
+    assert same_bits(scalars.scale, (scalars.norm + scalars.epsilon).reciprocal() * scalars.rho)
 
 
 def test_many_chunks_to_a_program(kernels, monkeypatch):
@@ -292,7 +292,7 @@ def test_more_partial_sums_than_the_last_block_takes_at_once(kernels):
     case = Case(kernels, torch.float32, [4110], chunk=8)
     case.norm()
     expected = norm64(case.before, case.g.tensors, [False])
-    assert float(case.ascent.norm) == pytest.approx(expected, rel=NORM_TOLERANCE)
+    assert float(case.scalars.norm) == pytest.approx(expected, rel=NORM_TOLERANCE)
 
 
 def test_norm_does_not_depend_on_what_ran_before(kernels):
@@ -301,7 +301,7 @@ def test_norm_does_not_depend_on_what_ran_before(kernels):
         case = Case(kernels, torch.float32, [5000, 3, 700])
         case.bucket.partials.fill_(float("nan"))
         case.norm()
-        norms.append(bits(case.ascent.norm).item())
+        norms.append(bits(case.scalars.norm).item())
     assert len(set(norms)) == 1
 
 

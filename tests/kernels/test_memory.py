@@ -102,7 +102,7 @@ def test_deterministic_algorithms_fill_no_backup(backend):
     finally:
         torch.use_deterministic_algorithms(before)
     assert filled.isnan().all()
-    ((_, bucket),) = sam._state.layout.buckets
+    ((_, bucket),) = sam._state.perturbation.buckets
     assert not bucket.backup[3 : bucket.offsets[1]].isnan().all()  # between the slots
     sam.restore()
     assert all(torch.equal(p.detach(), torch.ones(3)) for p in params)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastsam import FusedSAM, bucket
-from fastsam.ascent import Ascent
 from fastsam.bucket import PointerTable
-from fastsam.survey import Places
+from fastsam.places import Places
+from fastsam.scalars import Scalars
 
 CPU = torch.device("cpu")
 A, B, C = [2**47 + 16, 0, 2**62 + 1], [0, 64, 2**63 - 1], [1, 2, 3]
@@ -74,13 +74,13 @@ def test_a_capture_gets_a_table_of_its_own(capture):
 
 
 def test_a_graph_reads_its_options_from_the_last_step(monkeypatch):
-    ascent = Ascent(CPU, torch.float32, 1, 1)
-    ascent.set_groups([0.1], [0.0], [False])
-    monkeypatch.setattr("fastsam.ascent.capturing", lambda device: True)
-    ascent.set_groups([0.1], [0.0], [False])
+    scalars = Scalars(CPU, torch.float32, 1, 1)
+    scalars.set_groups([0.1], [0.0], [False])
+    monkeypatch.setattr("fastsam.scalars.capturing", lambda device: True)
+    scalars.set_groups([0.1], [0.0], [False])
     with pytest.raises(RuntimeError, match="take a step with them first"):
-        ascent.set_groups([0.2], [0.0], [False])
-    assert ascent.rho.tolist() == pytest.approx([0.1])
+        scalars.set_groups([0.2], [0.0], [False])
+    assert scalars.rho.tolist() == pytest.approx([0.1])
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def stepped(backend):
 
 def test_a_capture_that_failed_leaves_the_weights_alone(stepped, capture):
     sam, params = stepped
-    ((_, made),) = sam._state.layout.buckets
+    ((_, made),) = sam._state.perturbation.buckets
     device = [*params, *made.weights, made.saved]
     sam_before = [p.detach().clone() for p in params]
     made.weights[1].fill_(9.0)  # not brought up to date by what did not run
@@ -134,7 +134,7 @@ def test_first_step_outside_and_second_step_inside_a_capture(monkeypatch):
     p.grad = torch.ones(5)
     sam = FusedSAM([p], torch.optim.SGD, lr=0.1)
     sam.first_step()
-    monkeypatch.setattr("fastsam.layout.capturing", lambda device: True)
+    monkeypatch.setattr("fastsam.perturbation.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="first_step\\(\\) ran before the capture"):
         sam.second_step()
     monkeypatch.undo()
@@ -154,14 +154,14 @@ def test_what_a_graph_reads_outlives_a_new_layout(monkeypatch):
         context.setattr(bucket, "capturing", lambda device: True)
         sam.first_step()
         sam.restore()
-    ((_, captured),) = sam._state.layout.buckets
+    ((_, captured),) = sam._state.perturbation.buckets
     alive = weakref.ref(captured)
     del captured
     b.grad = torch.ones(3)
     sam.first_step()
     sam.restore()
     gc.collect()
-    assert len(sam._state.layout.buckets[0][1].params) == 2
+    assert len(sam._state.perturbation.buckets[0][1].params) == 2
     assert alive() is not None
 
 

@@ -143,7 +143,7 @@ def test_failed_ascent_holds_no_gradient(backend):
     sam.param_groups[0]["rho"] = -1.0
     with pytest.raises(ValueError, match="rho of param group 0"):
         sam.first_step()
-    assert all(g is None for _, bucket in sam._state.layout.buckets for g in bucket.grads)
+    assert all(g is None for _, bucket in sam._state.perturbation.buckets for g in bucket.grads)
 
 
 def test_gradient_of_another_16_bit_dtype_is_refused_at_any_step(backend):

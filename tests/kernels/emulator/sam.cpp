@@ -36,12 +36,12 @@ Scales<A> scales_of(void* rho, void* epsilon, int groups, void* norm, void* scal
 
 extern "C" void norm(int dtype, bool fp64, Chunk* chunks, int n_chunks, int64_t* weights, int64_t* grads, int blocks,
                      int32_t* adaptive, double* partials, uint32_t* counter, int32_t* saved, double* square_sum,
-                     bool last, void* rho, void* epsilon, int groups, void* out, void* scale) {
+                     bool finish, void* rho, void* epsilon, int groups, void* out, void* scale) {
   dispatch(dtype, [&]<typename T>() {
     dispatch_ascent(fp64, [&]<typename A>() {
       emulator::launch(blocks, kThreads, [&] {
         norm_kernel<T, A>({chunks, n_chunks, weights, grads}, n_chunks / blocks, n_chunks % blocks, adaptive, partials,
-                          counter, saved, square_sum, last, scales_of<A>(rho, epsilon, groups, out, scale));
+                          counter, saved, square_sum, finish, scales_of<A>(rho, epsilon, groups, out, scale));
       });
     });
   });

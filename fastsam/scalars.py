@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsam.device import capturing, shared_zeros, upload
 
-__all__ = ["Ascent"]
+__all__ = ["Scalars"]
 
 
 class Host(NamedTuple):
@@ -23,7 +23,7 @@ class Host(NamedTuple):
     scale: array[float]
 
 
-class Ascent:
+class Scalars:
     """The scalars of one ascent step on one device: the inputs of every group, the norm and the scales.
 
     Everything stays on the device, so that neither the norm nor a changed ``rho`` is ever waited for. The tensors

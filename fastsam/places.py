@@ -51,13 +51,13 @@ class Places:
         """
         return 0 if self._library is None else int(self._library.survey(tensors, self._table, table))
 
-    def left(self, tensors: list[Tensor]) -> bool:
+    def moved(self, tensors: list[Tensor]) -> bool:
         """Whether one of the tensors lies elsewhere by now, or, where the native library tells, otherwise."""
         if self._library is not None:
             return not self._library.unmoved(tensors, self._table, True)
         return list(map(Tensor.data_ptr, tensors)) != self._addresses
 
-    def hold(self, tensors: list[Tensor]) -> bool:
+    def in_place(self, tensors: list[Tensor]) -> bool:
         """Whether all lie there, in any layout: a freed address may come again with another dtype or size."""
         if self._library is not None:
             return bool(self._library.unmoved(tensors, self._table, False))

@@ -10,8 +10,8 @@ import importlib
 
 import torch
 
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket
+from fastsam.scalars import Scalars
 
 try:
     importlib.import_module("fastsam._C")
@@ -21,7 +21,9 @@ except ImportError as error:
         "install: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
     ) from None
 
-__all__ = ["chunk_size", "combine", "norm", "perturb", "restore"]
+__all__ = ["DEVICE", "chunk_size", "combine", "norm", "perturb", "restore"]
+
+DEVICE: str | None = "cpu"
 
 _ops = torch.ops.fastsam
 
@@ -31,7 +33,7 @@ def chunk_size(numel: int) -> int:
     return 16384
 
 
-def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
+def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     _norm(
         bucket.chunks,
@@ -41,23 +43,23 @@ def norm(bucket: ParameterBucket, ascent: Ascent, finish: bool) -> None:
         bucket.index,
         finish,
         bucket.partials,
-        ascent.adaptive,
-        ascent.rho,
-        ascent.epsilon,
-        ascent.square_sums,
-        ascent.norm,
-        ascent.scale,
+        scalars.adaptive,
+        scalars.rho,
+        scalars.epsilon,
+        scalars.square_sums,
+        scalars.norm,
+        scalars.scale,
         bucket.saved,
         bucket.counter,
     )
 
 
-def combine(ascent: Ascent) -> None:
+def combine(scalars: Scalars) -> None:
     """norm and scale from the sums of all buckets."""
-    _combine(ascent.rho, ascent.epsilon, ascent.square_sums, ascent.norm, ascent.scale)
+    _combine(scalars.rho, scalars.epsilon, scalars.square_sums, scalars.norm, scalars.scale)
 
 
-def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
+def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
     """Saves w and w <- w + e_w, in one pass. On CPU the backup is kept: fresh memory costs more than the pass."""
     if bucket.backup is None:
         bucket.backup = bucket.allocate_backup()
@@ -65,9 +67,9 @@ def perturb(bucket: ParameterBucket, ascent: Ascent) -> None:
         bucket.chunks,
         bucket.weight_table.tensor,
         bucket.grad_table.tensor,
-        ascent.adaptive,
-        ascent.norm,
-        ascent.scale,
+        scalars.adaptive,
+        scalars.norm,
+        scalars.scale,
         bucket.backup,
         bucket.saved,
         bucket.next_generation(),

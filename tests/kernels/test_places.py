@@ -6,19 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fastsam import FusedSAM, survey
+from fastsam import FusedSAM, places as places_module
 from fastsam.bucket import PointerTable
-from fastsam.survey import Places
+from fastsam.places import Places
 
 CPU = torch.device("cpu")
-native = pytest.mark.skipif(survey.native() is None, reason="needs the native library, and torch >= 2.11")
+native = pytest.mark.skipif(places_module.native() is None, reason="needs the native library, and torch >= 2.11")
 
 
 @pytest.fixture(params=[pytest.param("native", marks=native), "python"])
 def way(request, monkeypatch):
     """By which of the two it is found out."""
     if request.param == "python":
-        monkeypatch.setattr(survey, "native", lambda: None)
+        monkeypatch.setattr(places_module, "native", lambda: None)
     return request.param
 
 
@@ -39,17 +39,17 @@ def moves():
 def test_places(way, name, move, elsewhere, otherwise):
     tensors = [torch.zeros(4), torch.nn.Parameter(torch.zeros(2, 3)), torch.zeros(())]
     places = Places(tensors)
-    assert places.hold(tensors)
-    assert not places.left(tensors)
+    assert places.in_place(tensors)
+    assert not places.moved(tensors)
     kept = tensors[1].detach()  # its memory does not come again
     with torch.no_grad():
         move(tensors[1])
     same_address = tensors[1].data_ptr() == kept.data_ptr()
-    assert places.hold(tensors) == (not elsewhere)
+    assert places.in_place(tensors) == (not elsewhere)
     if way == "native":
-        assert places.left(tensors) == (elsewhere or otherwise)
+        assert places.moved(tensors) == (elsewhere or otherwise)
     else:
-        assert places.left(tensors) == (not same_address)
+        assert places.moved(tensors) == (not same_address)
 
 
 LAYOUTS = {
@@ -113,7 +113,7 @@ def test_what_is_no_gradient_is_not_taken(grad):
 
 @native
 def test_misuse_is_an_error_and_no_crash():
-    library, one = survey.native(), torch.ones(3)
+    library, one = places_module.native(), torch.ones(3)
     table, places = torch.zeros(1, dtype=torch.int64), torch.zeros(7, dtype=torch.int64)
     assert library.record([one], places)
     for arguments in [(), ([one], places), (one, places, table), ([one], [one], table), ([one], places, 3)]:
@@ -138,7 +138,7 @@ def test_misuse_is_an_error_and_no_crash():
 
 @native
 def test_nothing_is_kept():
-    library, one = survey.native(), torch.ones(3)
+    library, one = places_module.native(), torch.ones(3)
     table, places, tensors = torch.zeros(1, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), [one]
     counts = [sys.getrefcount(x) for x in (one, table, places, tensors, None)]
     for _ in range(1000):

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from fastsam import backends
-from fastsam.ascent import Ascent
 from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import Shardings, is_dtensor, local, local_grad
 from fastsam.options import DTYPES, check_options, host_value, parameter_name
+from fastsam.scalars import Scalars
 
-__all__ = ["Layout", "flatten_groups", "gradient_norm", "no_gradient_error"]
+__all__ = ["Perturbation", "flatten_groups", "gradient_norm", "no_gradient_error"]
 
 Group = dict[str, Any]
 
 
-class Layout:
+class Perturbation:
     """The buckets of an optimizer's parameters, laid out again when parameters come, move or change.
 
     A parameter enters a bucket with its first gradient, so that frozen ones cost nothing.
@@ -39,7 +39,7 @@ class Layout:
         self.direction = direction
         self.buckets: list[tuple[backends.Backend, ParameterBucket]] = []
         self._backend = backend
-        self._ascents: dict[torch.device, Ascent] = {}
+        self._scalars: dict[torch.device, Scalars] = {}
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
@@ -51,8 +51,8 @@ class Layout:
     @property
     def norm(self) -> Tensor | None:
         """The global gradient norm of the last ascent, 0-d, on the first bucket's device; None before the first."""
-        for ascent in self._ascents.values():
-            return ascent.norm
+        for each in self._scalars.values():
+            return each.norm
         return None
 
     def measure(self, groups: list[Group]) -> bool:
@@ -69,7 +69,7 @@ class Layout:
             ValueError: an option out of range; a gradient that does not fit its parameter.
         """
         if (
-            not self._knows(groups)
+            not self._same_parameters(groups)
             or any(bucket.moved() for _, bucket in self.buckets)
             or any(g is not None for g in map(self.direction.of, self._slotless))
         ):
@@ -86,10 +86,10 @@ class Layout:
         self._set_options(groups)
         alone = len(self.buckets) == 1 and not sharded
         for backend, bucket in self.buckets:
-            backend.norm(bucket, self._ascents[bucket.device], alone)
+            backend.norm(bucket, self._scalars[bucket.device], alone)
         if alone:
             return True
-        if sharded or len(self._ascents) > 1:
+        if sharded or len(self._scalars) > 1:
             total = self._total()
             # The other ranks wait for this one in the sum, so it takes part first.
             if no_gradient and total == 0:
@@ -110,7 +110,7 @@ class Layout:
         params = [p for group in groups for p in group["params"]]
         if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
             return False
-        trial = Layout(self._backend, self.direction)
+        trial = Perturbation(self._backend, self.direction)
         trial._warned = self._warned
         trial._lay_out(groups)
         self._warned = trial._warned
@@ -123,7 +123,7 @@ class Layout:
     def perturb(self) -> None:
         """w <- w + e_w, by the last `measure`."""
         for backend, bucket in self.buckets:
-            backend.perturb(bucket, self._ascents[bucket.device])
+            backend.perturb(bucket, self._scalars[bucket.device])
             bucket.unstage()
             bucket.release()
 
@@ -171,7 +171,7 @@ class Layout:
             else:
                 bucket.release()
 
-    def _knows(self, groups: list[Group]) -> bool:
+    def _same_parameters(self, groups: list[Group]) -> bool:
         """Whether the groups hold the parameters of the last layout."""
         pairs = zip(self._params, (group["params"] for group in groups), strict=False)
         return len(groups) == len(self._params) and all(
@@ -199,11 +199,11 @@ class Layout:
         dtype = torch.float64 if any(dtype is torch.float64 for _, dtype, _ in members) else torch.float32
         buckets: list[tuple[backends.Backend, ParameterBucket]] = []
         sharding_of = []
-        ascents = {}
+        scalars = {}
         for device in devices:
             backend = backends.load(self._backend, device)
             here = [(sharding, entries) for (d, _, sharding), entries in members.items() if d == device]
-            ascents[device] = Ascent(device, dtype, len(groups), len(here))
+            scalars[device] = Scalars(device, dtype, len(groups), len(here))
             for index, (sharding, entries) in enumerate(here):
                 entries.sort(key=_order)
                 params, indices, names = zip(*entries, strict=True)
@@ -212,8 +212,8 @@ class Layout:
                     (backend, ParameterBucket(params, indices, names, index, backend.chunk_size, self.direction))
                 )
         if any(bucket.grad_table.in_a_graph for _, bucket in self.buckets):
-            self._in_graphs.append((self.buckets, self._ascents))
-        self.buckets, self._ascents, self._slotless, self._options = buckets, ascents, slotless, None
+            self._in_graphs.append((self.buckets, self._scalars))
+        self.buckets, self._scalars, self._slotless, self._options = buckets, scalars, slotless, None
         self._shardings, self._sharding_of = shardings, sharding_of
 
     def _set_options(self, groups: list[Group]) -> None:
@@ -228,21 +228,21 @@ class Layout:
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
         signed = rho if self.direction.sign > 0 else [-r for r in rho]
-        for ascent in self._ascents.values():
-            ascent.set_groups(signed, epsilon, adaptive)
+        for each in self._scalars.values():
+            each.set_groups(signed, epsilon, adaptive)
         self._options = None if on_device else options
 
     def _total(self) -> Tensor:
         """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
-        ascents = list(self._ascents.values())
-        first = ascents[0].square_sums if ascents else torch.zeros((), dtype=torch.float64, device="cpu")
+        scalars = list(self._scalars.values())
+        first = scalars[0].square_sums if scalars else torch.zeros((), dtype=torch.float64, device="cpu")
         sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
         for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
-            sums[i] += self._ascents[bucket.device].square_sums[bucket.index].to(first.device)
+            sums[i] += self._scalars[bucket.device].square_sums[bucket.index].to(first.device)
         total = self._shardings.reduce(sums)
-        for ascent in ascents:
-            ascent.square_sums.zero_()
-            ascent.square_sums[0].copy_(total)
+        for each in scalars:
+            each.square_sums.zero_()
+            each.square_sums[0].copy_(total)
         return total
 
     def _combine(self) -> None:
@@ -250,7 +250,7 @@ class Layout:
         combined = set()
         for backend, bucket in self.buckets:
             if bucket.device not in combined:
-                backend.combine(self._ascents[bucket.device])
+                backend.combine(self._scalars[bucket.device])
                 combined.add(bucket.device)
 
     def _warn_16_bit(self, dtypes: list[torch.dtype]) -> None:
