@@ -12,32 +12,51 @@ import inspect
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-__all__ = ["check_first_gradient", "check_scaler", "forget", "in_scaler_step", "loss_scale", "step"]
+from fastsam.notices import tell_once
+from fastsam.torch_api import found_inf_by, is_unscaled, scale_of
 
+__all__ = [
+    "check_first_gradient",
+    "check_second_gradient",
+    "clear_scaler_attributes",
+    "in_scaler_step",
+    "loss_scale",
+    "step",
+    "unscale_for_hooks",
+]
 
-def check_scaler(scaler: GradScaler | None) -> None:
-    """Raises a TypeError unless `scaler` is one, or None."""
-    if scaler is not None and not isinstance(scaler, GradScaler):
-        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, but got {scaler!r}")
+_UNSCALED_EARLY = (
+    "scaler.unscale_() was called before the second backward: it works once a step, and the second gradients need it "
+    "(the first ones need none). Call it after first_step() and the second backward; leave it out of a closure that "
+    "runs twice. Then scaler.update() and zero_grad() make a new start"
+)
 
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:
     """The scale that the gradients carry now, a copy, 0-d, on the scaler's device; None where it isn't known."""
-    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    scale = scale_of(scaler) if scaler is not None and scaler.is_enabled() else None
     return None if scale is None else scale.clone()
 
 
 def check_first_gradient(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
     """Raises a RuntimeError when the gradients at w were unscaled: the scaler would take the second ones for it too."""
     if _is_unscaled(scaler, sam) or _is_unscaled(scaler, base):
-        raise RuntimeError(
-            "scaler.unscale_() was called before the second backward: it works once a step, and the second gradients "
-            "need it (the first ones need none). Call it after first_step() and the second backward; leave it out of a "
-            "closure that runs twice. Then scaler.update() and zero_grad() make a new start"
-        )
+        raise RuntimeError(_UNSCALED_EARLY)
+
+
+def check_second_gradient(sam: Optimizer) -> None:
+    """Warns in scaler.step(sam) where unscale_ was called, but before the second backward.
+
+    unscale_ writes to every gradient. Nobody has written to those that a backward has just made.
+    """
+    if not in_scaler_step(sam) or sam.grad_scale is not None:  # type: ignore[attr-defined]
+        return
+    grads = [p.grad for group in sam.param_groups for p in group["params"] if p.grad is not None]
+    if grads and all(type(g) is Tensor and g._version == 0 for g in grads):
+        tell_once("unscaled early", f"these gradients seem to carry the loss scale still: {_UNSCALED_EARLY}")
 
 
 def in_scaler_step(sam: Optimizer) -> bool:
@@ -45,10 +64,35 @@ def in_scaler_step(sam: Optimizer) -> bool:
     return hasattr(sam, "found_inf")
 
 
-def forget(sam: Optimizer) -> None:
+def clear_scaler_attributes(sam: Optimizer) -> None:
     """Deletes what scaler.step(sam) set: after an exception it does not do so, and would multiply the next scale."""
     for name in ("grad_scale", "found_inf"):
         vars(sam).pop(name, None)
+
+
+def unscale_for_hooks(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> bool:
+    """Unscales the gradients before the hooks of a step see them, as an unmodified scaler does for other optimizers.
+
+    Args:
+        scaler: the one that the user made known, or None.
+        sam: what the scaler knows; carries what it set.
+        base: the optimizer inside.
+
+    Returns:
+        False where a gradient is not finite: then the step is skipped, hooks and all. Waits for the device.
+    """
+    if in_scaler_step(sam):
+        found_inf, grad_scale = sam.found_inf, sam.grad_scale  # type: ignore[attr-defined]
+        if found_inf is not None and found_inf:
+            return False
+        if grad_scale is not None:
+            _unscale(base, grad_scale)
+            sam.grad_scale = None  # type: ignore[attr-defined]
+    elif scaler is not None and scaler.is_enabled():
+        if not is_unscaled(scaler, sam):
+            scaler.unscale_(sam)
+        return not found_inf_by(scaler, sam)
+    return True
 
 
 def step(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
@@ -89,7 +133,7 @@ def _step_base(sam: Optimizer, base: Optimizer) -> None:
         try:
             base.step()
         finally:
-            forget(base)
+            clear_scaler_attributes(base)
     elif not found_inf:  # waits for the device, as the scaler does for every optimizer that knows nothing of it
         if grad_scale is not None:
             _unscale(base, grad_scale)
@@ -122,7 +166,4 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
 
 
 def _is_unscaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
-    if scaler is None or not scaler.is_enabled():
-        return False
-    state = scaler._per_optimizer_states.get(id(optimizer))
-    return state is not None and state["stage"] is OptState.UNSCALED
+    return scaler is not None and scaler.is_enabled() and is_unscaled(scaler, optimizer)

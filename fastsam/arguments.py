@@ -1,173 +1,172 @@
-"""The two call forms of FusedSAM, and the checks of what they are given; those of the options are in options.py."""
+"""Reads a call of FusedSAM, in either of its two forms, and gives the base optimizer's groups what they lack."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
+from torch import nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
-from torch.optim.optimizer import ParamsT
 
-from fastsam import amp, backends
-from fastsam.direction import check_base
+from fastsam import backends
+from fastsam.direction import DIRECTIONS, check_base
 from fastsam.notices import tell_once
 from fastsam.options import (
     COUNTER,
     OPTIONS,
+    SETTINGS,
+    UNPICKLED,
     Group,
-    check_direction,
     check_group,
-    check_interval,
     check_one_pass,
     check_options,
-    check_passes,
-    check_start,
     complete_group,
 )
 
-__all__ = ["Arguments", "ContextFactory", "bind", "signature"]
+__all__ = ["ContextFactory", "bind"]
 
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
-class Arguments(NamedTuple):
-    """What a call of FusedSAM comes to, in either form."""
-
-    base_optimizer: Optimizer
-    options: Group
-    interval: int
-    backend: str | None
-    first_pass_context: ContextFactory | None
-    grad_scaler: GradScaler | None
-    flatten_parameters: bool
-    closure_passes: str
-    start: int
-    direction: str
-
-
-def bind(*args: Any, **kwargs: Any) -> Arguments:
+def bind(forms: Sequence[inspect.Signature], args: tuple[Any, ...], kwargs: Group) -> tuple[Optimizer, Group, Group]:
     """Reads a call of FusedSAM in either form, checks it, and completes the base optimizer's groups.
+
+    Args:
+        forms: the signatures of the two: around a class, around an optimizer.
+        args: of the call.
+        kwargs: of the call.
+
+    Returns:
+        The base optimizer; its groups' new defaults; and what the call gives to every other parameter of FusedSAM's.
 
     Raises:
         TypeError, ValueError, RuntimeError: as FusedSAM.
     """
     first = args[0] if args else kwargs.get("params", kwargs.get("base_optimizer"))
-    form = _bind_optimizer if isinstance(first, Optimizer) else _bind_class
-    arguments = form(*args, **kwargs)
-    _check_context(arguments.first_pass_context)
-    amp.check_scaler(arguments.grad_scaler)
-    groups = arguments.base_optimizer.param_groups
-    given = inspect.signature(form).bind(*args, **kwargs).arguments
-    _replace_left_over(groups, {key: value for key, value in arguments.options.items() if key in given})
+    around_optimizer = isinstance(first, Optimizer)
+    _check_first(first, args, kwargs, forms[1])
+    try:
+        bound = forms[around_optimizer].bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"FusedSAM() {error}") from None
+    given = set(bound.arguments)
+    bound.apply_defaults()
+    values = bound.arguments
+    values.pop("self")
+    options = check_options(values)
+    for name, check in {**SETTINGS, **UNPICKLED}.items():
+        values[name] = check(values[name], name)
+    base = values.pop("base_optimizer")
+    if not around_optimizer:
+        base = _make(base, values.pop("params"), values.pop("base_optimizer_kwargs"))
+    _check_base(base)
+    direction = DIRECTIONS[values["direction"]](base)
+    if not direction.two_passes:
+        check_base(base)
+        check_one_pass(values["closure_passes"], values["first_pass_context"])
+    if "rho" not in given:
+        options["rho"] = direction.rho
+    groups = base.param_groups
+    _replace_left_over(groups, {key: value for key, value in options.items() if key in given})
     for group in groups:
-        complete_group(group, arguments.options, 0)
+        complete_group(group, options, 0)
     for i in range(len(groups)):
         check_group(groups, i)
     for device in {p.device for group in groups for p in group["params"]}:
-        backends.load(arguments.backend, device)
-        if device.type == "cpu" and arguments.backend is None and not os.environ.get("FASTSAM_BACKEND"):
+        backends.load(values["backend"], device)
+        if device.type == "cpu" and values["backend"] is None and not os.environ.get("FASTSAM_BACKEND"):
             _warn_without_native()
-    return arguments
+    return base, options, {name: value for name, value in values.items() if name not in OPTIONS}
 
 
-def _bind_class(
-    params: ParamsT,
-    base_optimizer: Callable[..., Optimizer],
-    rho: float | Tensor = 0.05,
-    adaptive: bool = False,
-    *,
-    epsilon: float = 1e-12,
-    interval: int = 1,
-    backend: str | None = None,
-    first_pass_context: ContextFactory | None = None,
-    grad_scaler: GradScaler | None = None,
-    flatten_parameters: bool = False,
-    closure_passes: str = "auto",
-    start: int = 0,
-    direction: str = "gradient",
-    **base_optimizer_kwargs: Any,
-) -> Arguments:
-    if not _makes_optimizers(base_optimizer):
+def _check_first(first: Any, args: tuple[Any, ...], kwargs: Group, around_optimizer: inspect.Signature) -> None:
+    """Raises a TypeError where the first argument is a common mistake."""
+    name = type(first).__name__
+    if hasattr(first, "first_step") and hasattr(first, "second_step"):
+        raise TypeError(
+            f"{name} is a SAM optimizer already, and SAM around SAM would climb twice: pass its base_optimizer"
+        )
+    if isinstance(first, nn.Module) and not isinstance(first, nn.ParameterList):
+        raise TypeError(f"params must be the model's parameters, but got the {name} itself: pass model.parameters()")
+    if isinstance(first, Optimizer):
+        if len(args) > 1 and (isinstance(args[1], type) or callable(args[1])):
+            raise TypeError(
+                f"FusedSAM({name}(...), {getattr(args[1], '__name__', args[1])}, ...) gives two base optimizers: pass "
+                "the optimizer alone, or parameters and a class"
+            )
+        unknown = [key for key in kwargs if key not in around_optimizer.parameters]
+        if unknown and "params" not in kwargs:
+            raise TypeError(
+                f"FusedSAM({name}(...), {unknown[0]}=...): FusedSAM has no option {unknown[0]!r}; give an option of "
+                f"the base optimizer to {name}"
+            )
+    elif callable(getattr(first, "step", None)):
+        inside = next(
+            (key for key in ("optimizer", "base_optimizer", "_optimizer", "_optim") if hasattr(first, key)), None
+        )
+        raise TypeError(
+            f"{name} has a step() but is not a torch.optim.Optimizer, so FusedSAM can't wrap it: pass "
+            + (f"the optimizer inside, its .{inside}, and put {name} around FusedSAM" if inside else "an optimizer")
+        )
+
+
+def _make(base_optimizer: Any, params: Any, kwargs: Group) -> Optimizer:
+    """The optimizer that a class, or a function such as a functools.partial, makes."""
+    is_class = isinstance(base_optimizer, type)
+    if not (issubclass(base_optimizer, Optimizer) if is_class else _is_factory(base_optimizer)):
         raise TypeError(
             "base_optimizer must be a subclass of torch.optim.Optimizer (such as torch.optim.SGD) after params, or an "
             f"optimizer as the first argument, but got {base_optimizer!r}"
         )
-    if isinstance(base_optimizer, type):
+    if is_class:
         _check_class(base_optimizer)
-    options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes), check_start(start), check_direction(direction)
-    base = base_optimizer(params, **base_optimizer_kwargs)
-    if not isinstance(base, Optimizer):  # a factory's, such as a functools.partial
+    _check_not_sharded()
+    base = base_optimizer(params, **kwargs)
+    if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must make a torch.optim.Optimizer, but {base_optimizer!r} made {base!r}")
-    return _arguments(base, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
+    return base
 
 
-def _bind_optimizer(
-    base_optimizer: Optimizer,
-    rho: float | Tensor = 0.05,
-    epsilon: float = 1e-12,
-    interval: int = 1,
-    *,
-    adaptive: bool = False,
-    backend: str | None = None,
-    first_pass_context: ContextFactory | None = None,
-    grad_scaler: GradScaler | None = None,
-    flatten_parameters: bool = False,
-    closure_passes: str = "auto",
-    start: int = 0,
-    direction: str = "gradient",
-) -> Arguments:
-    options = _checked(rho, epsilon, adaptive)
-    checked = check_interval(interval), check_passes(closure_passes), check_start(start), check_direction(direction)
-    return _arguments(base_optimizer, options, *checked, backend, first_pass_context, grad_scaler, flatten_parameters)
+def _is_factory(base_optimizer: object) -> bool:
+    return callable(base_optimizer) and not isinstance(base_optimizer, Optimizer)
 
 
-def _arguments(
-    base: Optimizer,
-    options: Group,
-    interval: int,
-    closure_passes: str,
-    start: int,
-    direction: str,
-    backend: str | None,
-    first_pass_context: ContextFactory | None,
-    grad_scaler: GradScaler | None,
-    flatten_parameters: bool,
-) -> Arguments:
+def _check_base(base: Optimizer) -> None:
     _check_class(type(base))
-    _check_defaults(base)
-    if direction == "momentum":
-        check_base(base)
-        check_one_pass(closure_passes, first_pass_context)
-    return Arguments(
-        base,
-        options,
-        interval,
-        backend,
-        first_pass_context,
-        grad_scaler,
-        flatten_parameters,
-        closure_passes,
-        start,
-        direction,
-    )
+    taken = [key for key in (*OPTIONS, COUNTER) if key in getattr(base, "defaults", {})]
+    if taken:
+        raise ValueError(
+            f"base_optimizer {type(base).__name__} has an option {taken[0]!r} of its own, which FusedSAM would share "
+            "with it in the param groups: use another base optimizer"
+        )
 
 
-for _bind in (_bind_class, _bind_optimizer):
-    _bind.__name__ = _bind.__qualname__ = "FusedSAM"  # what Python's own messages about a wrong call name
+def _check_class(base_optimizer: type[Optimizer]) -> None:
+    if issubclass(base_optimizer, LBFGS):
+        raise ValueError(
+            "base_optimizer LBFGS evaluates its closure many times a step, which SAM's two passes rule out"
+        )
+    if issubclass(base_optimizer, SparseAdam):
+        raise ValueError("base_optimizer SparseAdam needs sparse gradients; FusedSAM needs dense ones: use Adam")
 
 
-def signature() -> inspect.Signature:
-    """That of FusedSAM.__init__, as tools see it: the first form's, with `self`."""
-    bound = inspect.signature(_bind_class, eval_str=True)
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *bound.parameters.values()]
-    return bound.replace(parameters=parameters, return_annotation=None)
+def _check_not_sharded() -> None:
+    """Raises a ValueError inside of ZeroRedundancyOptimizer(params, optimizer_class=FusedSAM)."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = inspect.currentframe() if module is not None else None
+    while frame is not None and module is not None:
+        if frame.f_globals is vars(module):
+            raise ValueError(
+                "ZeroRedundancyOptimizer(params, optimizer_class=FusedSAM) would make each rank climb by its own part "
+                "of the parameters alone: put FusedSAM around it, FusedSAM(ZeroRedundancyOptimizer(params, "
+                "optimizer_class=torch.optim.SGD, lr=0.1))"
+            )
+        frame = frame.f_back
 
 
 def _replace_left_over(groups: list[Group], given: Group) -> None:
@@ -183,44 +182,6 @@ def _replace_left_over(groups: list[Group], given: Group) -> None:
     if replaced:
         warnings.warn(
             f"FusedSAM replaced what an earlier one left in the param groups: {', '.join(replaced)}", stacklevel=4
-        )
-
-
-def _checked(rho: float | Tensor, epsilon: float, adaptive: bool) -> Group:
-    """The options of a call, checked."""
-    return check_options({"rho": rho, "epsilon": epsilon, "adaptive": adaptive})
-
-
-def _check_context(first_pass_context: object) -> None:
-    if first_pass_context is not None and not callable(first_pass_context):
-        raise TypeError(
-            "first_pass_context must be a function that makes a context manager, such as model.no_sync (without "
-            f"calling it), but got {first_pass_context!r}"
-        )
-
-
-def _makes_optimizers(base_optimizer: object) -> bool:
-    """Whether this is an optimizer class or, by its looks, a function that makes one."""
-    if isinstance(base_optimizer, type):
-        return issubclass(base_optimizer, Optimizer)
-    return callable(base_optimizer) and not isinstance(base_optimizer, Optimizer)
-
-
-def _check_class(base_optimizer: type[Optimizer]) -> None:
-    if issubclass(base_optimizer, LBFGS):
-        raise ValueError(
-            "base_optimizer LBFGS evaluates its closure many times a step, which SAM's two passes rule out"
-        )
-    if issubclass(base_optimizer, SparseAdam):
-        raise ValueError("base_optimizer SparseAdam needs sparse gradients; FusedSAM needs dense ones: use Adam")
-
-
-def _check_defaults(base: Optimizer) -> None:
-    taken = [key for key in (*OPTIONS, COUNTER) if key in base.defaults]
-    if taken:
-        raise ValueError(
-            f"base_optimizer {type(base).__name__} has an option {taken[0]!r} of its own, which FusedSAM would share "
-            "with it in the param groups: use another base optimizer"
         )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fastsam.notices import tell_once
+from fastsam.torch_api import InstanceNorm, NormBase
 
 __all__ = ["disable_running_stats", "enable_running_stats", "frozen_running_stats"]
 
@@ -26,7 +28,8 @@ def disable_running_stats(model: nn.Module) -> None:
     twice changes nothing. ``num_batches_tracked`` stops as well.
 
     Args:
-        model: any module; its subclasses of torch's ``_NormBase`` (BatchNorm, SyncBatchNorm, InstanceNorm) are frozen.
+        model: any module; its BatchNorm, SyncBatchNorm and InstanceNorm layers are frozen. Scripted ones can't be: a
+            warning says so.
     """
     _disable(model)
 
@@ -67,16 +70,26 @@ def _enable(modules: Iterable[nn.Module]) -> None:
             module.momentum, module.track_running_stats = module.__dict__.pop(_SAVED)
 
 
-def _disable(model: nn.Module) -> list[_NormBase]:
+def _disable(model: nn.Module) -> list[nn.Module]:
     """Freezes what is not frozen yet, and returns that."""
     frozen = []
     for module in model.modules():
-        if isinstance(module, _NormBase) and _SAVED not in module.__dict__:
+        if isinstance(module, NormBase) and _SAVED not in module.__dict__:
             module.__dict__[_SAVED] = (module.momentum, module.track_running_stats)
-            module.momentum = 0.0
+            module.momentum = 0.0  # type: ignore[assignment]
             # Without tracking, num_batches_tracked rests too. InstanceNorm has no use for that count, and would take
             # a layer that does not track for one that normalises by the batch in evaluation mode.
-            if not isinstance(module, _InstanceNorm):
-                module.track_running_stats = False
+            if not isinstance(module, InstanceNorm):
+                module.track_running_stats = False  # type: ignore[assignment]
             frozen.append(module)
+        elif isinstance(module, torch.jit.ScriptModule) and "Norm" in module.original_name and _tracks(module):
+            tell_once(
+                "scripted",
+                f"{module.original_name} in a scripted model can't be frozen: TorchScript has its momentum built in, "
+                "and both passes update its running statistics. Script only the parts of the model without it",
+            )
     return frozen
+
+
+def _tracks(module: nn.Module) -> bool:
+    return any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))

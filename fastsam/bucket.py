@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from types import NoneType
 from typing import cast
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsam.device import capturing, shared_zeros, upload
 from fastsam.direction import GRADIENT, Direction
-from fastsam.distributed import is_dtensor, local, local_grad
+from fastsam.distributed import in_memory, is_dtensor, local, local_grad
 from fastsam.places import Places
 
 __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
@@ -25,12 +25,16 @@ __all__ = ["ParameterBucket", "PointerTable", "flatten_"]
 ALIGNMENT = 64
 """Bytes: a cache line, and four 128-bit vectors."""
 
+PLAIN = {Tensor, NoneType}
+"""Types of gradients that have memory of their own, or are none."""
+
 
 class PointerTable:
     """Addresses of tensors, where kernels find them; written only when one of them changed.
 
     A CUDA graph gets a table of its own, in its memory pool, which it writes at every replay from addresses that are
-    baked into its kernels: so no later step changes what a graph reads, and no replay what a later step reads.
+    baked into its kernels. Later steps do not change what the graph reads, and replays do not change what later steps
+    read.
 
     Attributes:
         tensor: the addresses, int64 ``[n]`` on the device.
@@ -139,7 +143,8 @@ class ParameterBucket:
         weight_table: addresses of `weights`.
         grad_table: addresses of the gradients of the last ascent; it tells what a restore has to restore.
         partials: room for a partial sum of squares of each chunk, float64 (float32 where there is none), for kernels.
-        counter: int32 0-d on the device: 0, but while a norm kernel counts in it which of its blocks is the last.
+        counter: int32 0-d on the device, in which a norm kernel's blocks count themselves, so that the last one knows
+            that it is the last; 0 between launches.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
         plan: what a backend keeps with the bucket.
         saved: int32 0-d on the device: `generation` once `backup` holds the weights of this step, which perturb writes;
@@ -189,7 +194,6 @@ class ParameterBucket:
         self._places = Places(shards)
         self._like = Places(self.weights) if self._staged else self._places
         self._conformed = False
-        self._laid_out_for = _layouts(shards)
         self._single = [i for i, w in enumerate(self.weights) if w.numel() == 1]
 
         pointers = [w.data_ptr() for w in self.weights]
@@ -210,21 +214,18 @@ class ParameterBucket:
         self.plan: object = None
 
     def moved(self) -> bool:
-        """Whether a parameter's memory is another than the one that this bucket was laid out for."""
+        """Whether a parameter has other memory, dtype, shape or strides than this bucket was laid out for."""
         return self._places.moved(self._shards())
 
     def restorable(self) -> bool:
         """Whether the parameters are still what was perturbed, whatever their shapes."""
         return self._places.in_place(self._shards())
 
-    def gather(self) -> bool:
+    def gather(self) -> None:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
 
-        Returns:
-            False, and nothing is done, when a parameter has its memory still, or again, but another dtype or shape.
-
         Raises:
-            TypeError: a gradient is sparse, or of another dtype than its parameter.
+            TypeError: a gradient is sparse, without memory of its own, or of another dtype than its parameter.
             ValueError: a gradient is of another shape, or on another device, than its parameter.
         """
         if self._any_dtensor:
@@ -233,17 +234,17 @@ class ParameterBucket:
         else:
             grads = list(map(self.direction.of, self.params))
         if not (self.grad_table.take(grads, self._like) and not self._any_negated(grads)):
+            if not PLAIN.issuperset(map(type, grads)):
+                noun, names = self.direction.noun, self.names
+                grads = [g if g is None else in_memory(g, f"{noun} of {names[i]}") for i, g in enumerate(grads)]
             present = grads if NoneType not in map(type, grads) else _or_else(grads, self.weights)
             if not self._conformed or not self._fit(cast("list[Tensor]", present)):
-                if _layouts(self._shards()) != self._laid_out_for:
-                    return False
                 grads = [None if g is None else self._conform(i, g) for i, g in enumerate(grads)]
                 self._conformed = True
             self.grad_table.update([0 if g is None else g.data_ptr() for g in grads])
         self.grads = grads
         for i in self._staged:
             self.weights[i].copy_(local(self.params[i]))
-        return True
 
     def release(self) -> None:
         """Lets go of the gradients: only the ascent needs them."""
@@ -257,12 +258,17 @@ class ParameterBucket:
                 local(self.params[i]).copy_(self.weights[i])
         self._increment_versions()
 
-    def restore_moved(self) -> None:
-        """Restores parameters that got other memory, or another dtype, while they were perturbed."""
+    def restore_moved(self, but: Container[int] = ()) -> None:
+        """Restores parameters one by one: some got other memory, or another dtype, while they were perturbed.
+
+        Args:
+            but: slots that stay as they are.
+        """
         if self.backup is None or bool(self.saved != self.generation):  # kept from an earlier step
             return
         for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
-            local(self.params[i]).copy_(view)
+            if i not in but:
+                local(self.params[i]).copy_(view)
         self._increment_versions()
 
     def live(self) -> list[int]:
@@ -271,9 +277,9 @@ class ParameterBucket:
             return list(range(len(self.params)))
         return [i for i, pointer in enumerate(self.grad_table.pointers) if pointer]
 
-    def first_live(self) -> int | None:
-        """One of `live`; None where there is none."""
-        return 0 if self.grad_table.complete else next(iter(self.live()), None)
+    def live_params(self) -> list[Tensor]:
+        """The parameters of `live`."""
+        return self.params if self.grad_table.complete else [self.params[i] for i in self.live()]
 
     def terms(self) -> list[tuple[int, Tensor, Tensor]]:
         """(group, w, g) of every live slot."""
@@ -348,7 +354,10 @@ class ParameterBucket:
             return False
 
     def _any_negated(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether one is lazily negated: a view, which has its parameter's strides only where it has one element."""
+        """Whether torch's negative bit is set on a gradient, whose memory then holds -g.
+
+        `_fit` rejects such views by their strides already, except those of a single element.
+        """
         return any(g.is_neg() for i in self._single if (g := grads[i]) is not None)
 
     def _conform(self, i: int, g: Tensor) -> Tensor:
@@ -407,10 +416,6 @@ def flatten_(params: Sequence[Tensor], names: Sequence[str]) -> None:
 def _or_else(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, and the weight where there is none."""
     return [w if g is None else g for g, w in zip(grads, weights, strict=True)]
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
-    return [(t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _is_dense(t: Tensor) -> bool:

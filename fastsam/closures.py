@@ -1,7 +1,7 @@
 """The passes of a step: how a closure is run at w and at w + e_w, and what trainers pass to ``step`` as one.
 
-What a trainer's closure needs is known to the module of ours that is for this trainer, as its `TRAINER`. Such a module
-is imported once somebody has imported the trainer, so that users need not import it, and nobody else pays for it.
+Each supported trainer has a module here, lightning.py or composer.py, that describes its closures in `TRAINER`. Such a
+module is imported once somebody has imported the trainer: users need not import it, and nobody else pays for it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Passes(NamedTuple):
     """The only pass of a plain step, or of one along the momentum."""
     by_trainer: bool = False
     """It clears the gradients that it finds, and gives None where the step is to be skipped."""
-    empty: bool = False
-    """It computes nothing: a trainer's stand-in for no closure."""
+    computes_nothing: bool = False
+    """A trainer's stand-in for no closure."""
 
     @classmethod
     def of(cls, closure: Closure) -> Passes:

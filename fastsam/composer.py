@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from fastsam.closures import Closure, Passes, Trainer
+from fastsam.direction import GRADIENT
 from fastsam.notices import tell_once
 from fastsam.optimizer import FusedSAM
-from fastsam.options import COUNTER, check_interval, check_options, check_start
+from fastsam.options import OPTIONS, SETTINGS
 
 try:
     from composer.core import Algorithm, Event, Time, TimeUnit
@@ -48,7 +49,8 @@ class SAMOptimizer(FusedSAM):
 
     Args:
         base_optimizer: the optimizer to wrap.
-        rho: radius of the neighbourhood, >= 0. Composer's method card advises to scale it with `interval`.
+        rho: radius of the neighbourhood, >= 0. Composer's method card advises to scale it with `interval`. With
+            direction="momentum", 0.05 stands for that direction's own default, 1.6.
         epsilon: added to the gradient norm, >= 0.
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it.
         **kwargs: `adaptive`, `backend`, `flatten_parameters`, `start` or `direction`, as `FusedSAM` has them.
@@ -82,7 +84,9 @@ class SAMOptimizer(FusedSAM):
                 f"{name} is not for SAMOptimizer: the Trainer's closures see to synchronising and to scaling. Leave it "
                 "out, or use fastsam.FusedSAM in a loop of your own"
             )
-        super().__init__(base_optimizer, rho, epsilon, interval, **kwargs)
+        if kwargs.get("direction") != "momentum" or rho != GRADIENT.rho:
+            kwargs["rho"] = rho  # else FusedSAM takes the one that is right along the momentum
+        super().__init__(base_optimizer, epsilon=epsilon, interval=interval, **kwargs)
 
     @property
     def global_step(self) -> int:
@@ -91,8 +95,7 @@ class SAMOptimizer(FusedSAM):
 
     @global_step.setter
     def global_step(self, steps: int) -> None:
-        for group in self.param_groups:
-            group[COUNTER] = steps
+        self._steps = steps
 
     def _passes(self, closure: Closure) -> Passes:
         return Passes(partial(closure, ddp_sync=False), partial(closure, loss_dict={}), closure, by_trainer=True)
@@ -126,12 +129,13 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
                 f"fastsam.composer.SAM needs MosaicML Composer, which can't be imported ({_missing}): pip install "
                 "mosaicml"
             ) from _missing
-        check_options({"rho": rho, "epsilon": epsilon, "adaptive": False})
-        check_interval(interval)
+        OPTIONS["rho"](rho, "rho")
+        OPTIONS["epsilon"](epsilon, "epsilon")
+        SETTINGS["interval"](interval, "interval")
         self.rho = rho
         self.epsilon = epsilon
         self.interval = interval
-        self.start: Any = _time(start) if isinstance(start, str) else check_start(start)
+        self.start: Any = _time(start) if isinstance(start, str) else SETTINGS["start"](start, "start")
         self.options = kwargs
 
     def __repr__(self) -> str:

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastsam.torch_api import local_tensor
+
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+else:  # tools read the signature of FusedSAM
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
 
-__all__ = ["Shardings", "is_dtensor", "is_fsdp1", "local", "local_grad"]
+__all__ = ["ProcessGroup", "Shardings", "in_memory", "is_dtensor", "is_fsdp1", "local", "local_grad"]
 
 
 def is_dtensor(t: Tensor) -> TypeIs[DTensor]:
@@ -37,8 +41,36 @@ def is_fsdp1(p: Tensor) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """The shard of t on this rank; t itself when it is no DTensor."""
-    # Not to_local(): of a parameter it gives another tensor object, and takes 40 times as long.
-    return t._local_tensor if is_dtensor(t) else t
+    return local_tensor(t) if is_dtensor(t) else t
+
+
+def in_memory(g: Tensor, name: str) -> Tensor:
+    """A gradient or momentum as a tensor that has memory.
+
+    Some subclasses have none of their own: a collective's result that is still on its way is waited for, and what is
+    kept in 8 bits or packed is asked for its values.
+
+    Args:
+        g: a tensor, of any class; no DTensor.
+        name: what it is called in an error message.
+
+    Raises:
+        TypeError: its class does not tell its values.
+    """
+    if type(g) is Tensor:
+        return g
+    if callable(wait := getattr(g, "wait", None)):  # AsyncCollectiveTensor
+        g = wait()
+    if g.layout is not torch.strided or g.numel() == 0 or g.data_ptr() != 0:
+        return g
+    if callable(dequantize := getattr(type(g), "dequantize", None)) and dequantize is not Tensor.dequantize:
+        values: Tensor = dequantize(g)
+        if values.data_ptr() != 0:
+            return values
+    raise TypeError(
+        f"the {name} is a {type(g).__name__}, which has no memory of its own and no dequantize() that tells its "
+        "values: FusedSAM can't read it; use a plain tensor"
+    )
 
 
 def local_grad(p: Tensor, g: Tensor | None, name: str) -> Tensor | None:
@@ -60,15 +92,13 @@ def local_grad(p: Tensor, g: Tensor | None, name: str) -> Tensor | None:
     if is_dtensor(p) and is_dtensor(g):
         if g.placements != p.placements:
             g = g.redistribute(placements=p.placements)
-        # Where a collective is still under way, the shard is a stand-in without memory of its own.
-        shard: Tensor = g._local_tensor
-        return shard if type(shard) is Tensor else torch.ops._c10d_functional.wait_tensor(shard)
+        return in_memory(local_tensor(g), f"gradient of {name}")
     if is_dtensor(p) or is_dtensor(g):
         raise TypeError(
             f"the gradient of {name} is a {type(g).__name__} but the parameter is a {type(p).__name__}; clear the "
             "gradients after sharding the model"
         )
-    return g
+    return in_memory(g, f"gradient of {name}")
 
 
 class Shardings:
@@ -78,18 +108,27 @@ class Shardings:
 
     Args:
         params: all parameters of an optimizer.
+        process_group: whose ranks hold different parameters, whether these are sharded or not; None: there is none.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor], process_group: ProcessGroup | None = None) -> None:
         self._ways: dict[tuple[str, ...], int] = {(): 0}
         self._groups: dict[str, tuple[ProcessGroup, str]] = {}
+        self._process_group = process_group
+        self._device = torch.device("cpu")
         for p in params:
+            self._device = p.device
             if is_dtensor(p):
                 self._ways.setdefault(self._sharded_over(p), len(self._ways))
 
     def __len__(self) -> int:
         """How many ways there are; the first is not to be sharded."""
         return len(self._ways)
+
+    @property
+    def collective(self) -> bool:
+        """Whether other ranks take part in the sum, and wait for this one even where it has no gradient."""
+        return len(self._ways) > 1 or self._process_group is not None
 
     def index(self, p: Tensor, name: str) -> int:
         """Which way p is sharded.
@@ -111,7 +150,7 @@ class Shardings:
         return self._ways[self._sharded_over(p)]
 
     def reduce(self, sums: list[Tensor]) -> Tensor:
-        """Sums over the shards, then over the ways.
+        """Sums over the shards, then over the ways, then over the process group.
 
         Args:
             sums: a sum over this rank's shards for each way, 0-d, all of one device and dtype.
@@ -127,7 +166,12 @@ class Shardings:
             torch.distributed.all_reduce(vector, group=group)
             for i, total in zip(members, vector.to(sums[0].device), strict=True):
                 sums[i] = total
-        return torch.stack(sums).sum()
+        total = torch.stack(sums).sum()
+        if self._process_group is not None:
+            across = total.to(self._device)
+            torch.distributed.all_reduce(across, group=self._process_group)
+            total = across.to(total.device)
+        return total
 
     def _sharded_over(self, p: DTensor) -> tuple[str, ...]:
         """The names of the process groups that hold different shards of p, in the order of the mesh's dimensions."""

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import secrets
-import weakref
-from collections.abc import Callable, Iterable
-from types import MethodType
-from typing import Any, cast
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fastsam.distributed import is_dtensor, local
-from fastsam.profiler import recording
 
-__all__ = ["ClearingWatch", "PlainStep", "StaleGradients", "after_zero_grad", "around_step"]
+__all__ = ["ClearingWatch", "PlainStep", "StaleGradients", "Uncleared"]
 
 
 class StaleGradients:
     """The gradients that are known and done with. A gradient is *fresh* when its object or version is another.
 
-    A mark is an attribute of the gradient, its version: it lives and dies with the object, and is no reference. (A weak
-    one would keep torch.utils.swap_tensors from converting a model; so converted, a gradient counts as fresh.)
+    A mark is the gradient's version, stored as an attribute of the gradient. A weak reference would not do:
+    torch.utils.swap_tensors refuses tensors that have one. A gradient that was converted by swapping counts as fresh.
     """
 
     def __init__(self) -> None:
@@ -36,6 +30,11 @@ class StaleGradients:
         for p in params:
             if (g := p.grad) is not None:
                 setattr(g, name, g._version if type(g) is Tensor else _version(g))
+
+    def writes(self, p: Tensor) -> int | None:
+        """How often the gradient of p was written to since it was marked; None where it is another one, or gone."""
+        marked: int | None = getattr(p.grad, self._name, None)
+        return None if p.grad is None or marked is None else _version(p.grad) - marked
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
@@ -83,11 +82,41 @@ class PlainStep:
             self._handle.remove()
 
 
+class Uncleared:
+    """Gradients at w that `first_step` did not clear: the second backward must not be missing, nor add to them.
+
+    Args:
+        params: all of the optimizer's. The first and the last that have a gradient are watched.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._marks = StaleGradients()
+        self._params: list[Tensor] = []
+        if _reducers_replace_gradients():
+            return
+        first = next((p for p in params if p.grad is not None), None)
+        last = next((p for p in reversed(params) if p.grad is not None), None)
+        self._params = [p for p in (first, last) if p is not None]
+        self._marks.mark(self._params)
+
+    @property
+    def writes(self) -> set[int | None]:
+        """How often they were written to since; None stands for another gradient."""
+        return set(map(self._marks.writes, self._params))
+
+    def forgive(self) -> None:
+        """The gradients were cleared."""
+        self._params = []
+
+    end = forgive
+
+
 class ClearingWatch:
     """Whether a closure clears the gradients for itself, which says that it computes them all, those at w too.
 
-    Where nobody calls an optimizer's zero_grad it takes a stand-in to see it: zeros, that a closure which clears
-    replaces. They go where torch.distributed is not in use, whose reducers replace gradients too.
+    A closure may clear by `p.grad = None` and call no zero_grad. To see that too, one parameter's gradient is set to
+    zeros: if it is another tensor afterwards, the closure cleared it, or set its own. The zeros are left out under
+    torch.distributed, whose reducers replace gradients too.
 
     Args:
         had_grad: a parameter that takes part in backward, its gradient cleared.
@@ -97,7 +126,7 @@ class ClearingWatch:
         self.cleared = False
         self._p = had_grad
         self._zeros: Tensor | None = None
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _reducers_replace_gradients():
             self._zeros = had_grad.grad = torch.zeros_like(had_grad)
 
     def end(self) -> bool:
@@ -109,68 +138,6 @@ class ClearingWatch:
         return self.cleared
 
 
-_ZERO_GRAD = Optimizer.zero_grad
-
-
-def around_step(base: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Makes base.step call `before` and, where it succeeds, `after`.
-
-    Args:
-        base: the optimizer inside.
-        before: a method of the FusedSAM around it, which is not kept alive.
-        after: another one.
-    """
-    base_ref, before_ref, after_ref = weakref.ref(base), weakref.WeakMethod(before), weakref.WeakMethod(after)
-
-    def call(ref: weakref.WeakMethod[Callable[[], None]], optimizer: object) -> None:
-        method = ref()
-        if method is not None and optimizer is base_ref():  # not a copy of it, which brought its hooks along
-            method()
-
-    if getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
-        base.register_step_pre_hook(lambda optimizer, args, kwargs: call(before_ref, optimizer))
-        base.register_step_post_hook(lambda optimizer, args, kwargs: call(after_ref, optimizer))
-        return
-    own = base.step
-
-    @functools.wraps(type(base).step)
-    def step(base: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        call(before_ref, base)
-        result = own(*args, **kwargs) if base is base_ref() else type(base).step(base, *args, **kwargs)
-        call(after_ref, base)
-        return result
-
-    base.step = MethodType(step, base)  # type: ignore[method-assign]
-
-
-def after_zero_grad(base: Optimizer, mark: Callable[[bool], None]) -> None:
-    """Makes base.zero_grad call `mark` afterwards: the zeros that it writes are no gradient of a new backward.
-
-    Args:
-        base: the optimizer inside.
-        mark: a method of the FusedSAM around it, which is not kept alive; it is told whether all gradients are gone.
-    """
-    base_ref, mark_ref = weakref.ref(base), weakref.WeakMethod(mark)
-    own = vars(base).get("zero_grad")  # somebody else's, or another FusedSAM's, put there before
-    if getattr(own, "base", base_ref)() is not base:
-        own = None  # of the optimizer that this one was copied from
-
-    @functools.wraps(type(base).zero_grad)
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        base = cast(Optimizer, base_ref())
-        lets_go = type(base).zero_grad is _ZERO_GRAD and (args[0] if args else kwargs.get("set_to_none", True))
-        if own is not None:
-            own(*args, **kwargs)
-        elif lets_go and not recording():
-            # As torch does, but for its label.
-            for group in base.param_groups:
-                for p in group["params"]:
-                    p.grad = None
-        else:
-            type(base).zero_grad(base, *args, **kwargs)
-        mark = mark_ref()
-        if mark is not None:
-            mark(bool(lets_go))
-
-    zero_grad.base = base_ref  # type: ignore[attr-defined]
-    base.zero_grad = zero_grad  # type: ignore[method-assign]
+def _reducers_replace_gradients() -> bool:
+    """Whether torch.distributed is in use."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -2,16 +2,17 @@
 
 Under automatic optimization: ``optimizer.step(closure=partial(self._wrap_closure, module, optimizer, closure))``. The
 inner closure clears the gradients, runs training_step and goes backward; ``_wrap_closure`` adds
-on_before_optimizer_step and the clipping. These belong to the gradient that the base optimizer steps by, so the pass at
-w does without: clipping by value would turn the ascent. Under manual optimization ``optimizer.step()`` passes the same,
-around a closure that does nothing. In 16-mixed Lightning runs the closure once, and then ``scaler.step(optimizer)``.
+on_before_optimizer_step and the clipping. These belong to the gradient that the base optimizer steps by. The pass at w
+does without: clipping by value would change the direction of the ascent. Under manual optimization ``optimizer.step()``
+passes the same, around a closure that does nothing. In 16-mixed Lightning runs the closure once, and then
+``scaler.step(optimizer)``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class SAMMixin:
             sam._count_step()
 
     def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:
-        if sam.direction == "momentum" and sam.is_sam_step:
+        if not sam._state.direction.two_passes and sam.is_sam_step:
             sam.first_step()  # in 16-mixed Lightning runs the closure before it calls the optimizer
             step(partial(self._run, closure))
             return
@@ -137,8 +138,18 @@ class SAMMixin:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and (gradient_clip_val or self.trainer.gradient_clip_val):
             scaler.unscale_(sam)
-        with sam._clippable():
+        with _clippable(sam):
             super().clip_gradients(sam, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
+
+
+@contextmanager
+def _clippable(sam: Any) -> Iterator[None]:
+    """Where Lightning may clip: it refuses to clip for an optimizer that unscales its gradients by itself."""
+    sam._step_supports_amp_scaling = False
+    try:
+        yield
+    finally:
+        vars(sam).pop("_step_supports_amp_scaling", None)
 
 
 def _passes_of(closure: Closure) -> Passes | None:
@@ -147,9 +158,15 @@ def _passes_of(closure: Closure) -> Passes | None:
     module: Any = closure.args[0] if closure.args else None
     if not hasattr(module, "automatic_optimization"):  # somebody else's function of that name
         return None
-    inner = closure.args[-1]
+    inner, optimizer = closure.args[-1], closure.args[1]
+    sam = getattr(optimizer, "optimizer", optimizer)
+
+    def clipped() -> Any:
+        with _clippable(sam):
+            return closure()
+
     if not module.automatic_optimization:
-        return Passes(inner, closure, closure, empty=getattr(inner, "__name__", "") == "do_nothing_closure")
+        return Passes(inner, clipped, clipped, computes_nothing=getattr(inner, "__name__", "") == "do_nothing_closure")
     if _is_forward_only(module.trainer):
 
         def skip() -> None:
@@ -164,7 +181,7 @@ def _passes_of(closure: Closure) -> Passes | None:
             f"{type(module).__name__}.optimizer_step goes past SAMMixin's: call super().optimizer_step(epoch, "
             "batch_idx, optimizer, optimizer_closure) in the place of optimizer.step(closure=optimizer_closure)"
         )
-    return Passes(inner, closure, closure, by_trainer=True)
+    return Passes(inner, clipped, clipped, by_trainer=True)
 
 
 def _is_forward_only(trainer: Any) -> bool:

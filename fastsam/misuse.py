@@ -1,10 +1,11 @@
-"""Loops that go wrong between the calls: what they are told, and how the weights come back."""
+"""Detects mistakes in training loops, explains them, and restores weights that were left perturbed."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,76 +14,134 @@ from torch.optim import Optimizer
 
 from fastsam.device import capturing
 from fastsam.direction import keeps_other_state
+from fastsam.freshness import PlainStep, Uncleared
 from fastsam.notices import tell_once
-from fastsam.state import State
+from fastsam.state import Phase, State
 
 __all__ = [
-    "alive",
     "check_lost",
     "check_momentum",
+    "check_process_group",
     "check_second_pass",
-    "restore_collected",
+    "check_shared",
+    "register",
     "restore_left_perturbed",
+    "restore_unfinished",
+    "tell_without_ascent",
 ]
 
-alive: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Every FusedSAM that there is."""
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def register(sam: object) -> None:
+    """Notes that there is another FusedSAM."""
+    with _lock:
+        _alive.add(sam)
+
+
+def _others_with(params: list[Tensor], sam: object = None) -> list[Any]:
+    """The other FusedSAMs that are perturbed, of those that have one of the parameters."""
+    with _lock:
+        perturbed = [other for other in _alive if other is not sam and other._state.perturbed]
+    if not perturbed:
+        return []
+    ids = set(map(id, params))
+    return [other for other in perturbed if any(id(p) in ids for p in other._parameters())]
+
+
+def check_shared(sam: Any) -> None:
+    """Raises a RuntimeError where another FusedSAM has perturbed one of the parameters, which would be saved as w."""
+    if _others_with(sam._parameters(), sam):
+        raise RuntimeError(
+            "another FusedSAM holds some of these parameters and has perturbed them, so that w + e_w would be saved as "
+            "w: end its step with second_step(), or call its restore(), before this first_step()"
+        )
 
 
 def restore_left_perturbed(base: Optimizer) -> None:
     """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
-    params = {id(p) for group in base.param_groups for p in group["params"]}
-    for sam in list(alive):
-        if sam.perturbed and any(id(p) in params for p in sam._parameters()):
-            sam.restore()
-            warnings.warn(
-                "an earlier FusedSAM had left these weights perturbed (w + e_w), as an interrupted loop does: they are "
-                "restored. `with sam:` around the loop restores by itself",
-                stacklevel=3,
-            )
+    for other in _others_with([p for group in base.param_groups for p in group["params"]]):
+        restore_unfinished(other._state, "an earlier FusedSAM had been left")
 
 
 @torch.no_grad()
-def restore_collected(state: State) -> None:
-    """Of a FusedSAM that nobody holds any more: restores, unless somebody wrote to the weights since."""
+def restore_unfinished(state: State, what: str = "a FusedSAM was deleted") -> None:
+    """Restores the weights of a step that nobody will finish; what somebody has written to since stays."""
     if not state.perturbed:
         return
-    untouched = state.witness is not None and state.witness[0]._version == state.witness[1]
-    if untouched:
-        state.perturbation.restore()
+    written = state.perturbation.restore_unwritten()
+    state.phase = Phase.AT_W
     warnings.warn(
-        "a FusedSAM was deleted while the weights were perturbed (w + e_w): they "
-        + ("are restored" if untouched else "stay so, since something else has written to them")
+        f"{what} while the weights were perturbed (w + e_w), as an interrupted loop does: they are restored"
+        + (", except those that something else has written to since, which stay as written" if written else "")
         + ". `with sam:` around the loop restores by itself",
+        stacklevel=3,
+    )
+
+
+def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
+    """Of a FusedSAM that nobody holds any more, or at the end of the process: says so where SAM never ran.
+
+    Args:
+        state: of the FusedSAM.
+        settings: its interval and start, and the count of its steps.
+    """
+    start, interval, steps = settings["start"], settings["interval"], settings["steps"]
+    if state.perturbation.buckets or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval))):
+        return
+    warnings.warn(
+        f"FusedSAM ended after {steps} steps without one SAM step: start={start} and interval={interval} left all of "
+        "them plain. start counts optimizer steps: is it computed from their number?",
         stacklevel=2,
     )
 
 
-def check_second_pass(state: State, groups: list[dict[str, Any]], along_momentum: bool) -> None:
+def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
     """Looks at what a loop in two calls did between them."""
-    if state.plain_step is not None and state.plain_step.doubled:
+    if isinstance(state.between, PlainStep) and state.between.doubled:
         raise RuntimeError(
             "a second gradient was added to that of a plain step, which first_step() had announced by returning "
             "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
             "sam.is_sam_step before the second pass"
         )
-    if (state.perturbed or along_momentum) and all(p.grad is None for group in groups for p in group["params"]):
+    only_pass = not state.direction.two_passes
+    if (state.perturbed or only_pass) and all(p.grad is None for group in groups for p in group["params"]):
         tell_once(
             "no second gradient",
             "second_step() found no gradient, so the base optimizer has nothing to step by: after "
             "first_step(zero_grad=True) compute the loss and call backward() "
-            + ("whatever it returned, with direction='momentum'" if along_momentum else "again, at w + e_w"),
+            + ("whatever it returned, with direction='momentum'" if only_pass else "again, at w + e_w"),
+        )
+    writes = state.between.writes if isinstance(state.between, Uncleared) else set()
+    if writes == {0}:
+        tell_once(
+            "gradients at w",
+            "second_step() found the very gradients that first_step() had climbed by, so this step is the base "
+            "optimizer's own: after first_step(zero_grad=True) compute the loss and call backward() again, at w + e_w",
+        )
+    elif writes == {1}:
+        tell_once(
+            "summed gradients",
+            "the gradients at w were not cleared, so those at w + e_w were added to them and the base optimizer steps "
+            "by the sum: call first_step(zero_grad=True), or zero_grad() before the second backward()",
+        )
+    if state.perturbed and state.perturbation.all_written():
+        tell_once(
+            "written",
+            "all weights were written to between first_step() and second_step(), as load_state_dict() does; "
+            "second_step() goes back to the weights that first_step() saved. Call restore() before loading",
         )
 
 
-def check_lost(lost: Collection[str], grad_scaler: object, first_pass_context: object) -> None:
-    """What pickle leaves behind, a closure can't do without."""
-    if "grad_scaler" in lost and grad_scaler is None:
+def check_lost(lost: Collection[str], sam: Any) -> None:
+    """What pickle leaves behind, a step can't do without."""
+    if "grad_scaler" in lost and sam.grad_scaler is None:
         raise RuntimeError(
             "this FusedSAM comes from a pickle, which leaves grad_scaler behind, so the scale of the gradients is "
             "not known: set sam.grad_scaler = scaler (GradScaler(enabled=False) where there is none any more)"
         )
-    if "first_pass_context" in lost and first_pass_context is None:
+    if "first_pass_context" in lost and sam.first_pass_context is None:
         tell_once(
             "first_pass_context",
             "this FusedSAM comes from a pickle, which leaves first_pass_context behind: set it again, or the first "
@@ -90,23 +149,32 @@ def check_lost(lost: Collection[str], grad_scaler: object, first_pass_context: o
         )
 
 
-def check_momentum(state: State, base: Optimizer, params: list[Tensor], steps: int, there: bool) -> None:
+def check_process_group(lost: Collection[str], process_group: object) -> None:
+    """Without its group a rank would climb by the norm of its own parameters alone."""
+    if "process_group" in lost and process_group is None:
+        raise RuntimeError(
+            "this FusedSAM comes from a pickle, which leaves process_group behind, so the norm over its ranks can't be "
+            "computed: set sam.process_group again"
+        )
+
+
+def check_momentum(state: State, base: Optimizer, params: Callable[[], list[Tensor]], steps: int, there: bool) -> None:
     """Looks at a step along the momentum, which is or isn't there: it must not stay plain in silence."""
     name = type(base).__name__
     if there:
-        if not state.watched and state.stale.any_fresh(params):
+        if not state.examined and state.stale.any_fresh(params()):
             tell_once(
                 "a gradient at w",
                 "direction='momentum' needs no gradient at w, but a backward ran before first_step() or "
                 "step(closure): leave it out, and compute the only gradient of a step at w + e_w",
             )
-        state.watched = True
-    elif keeps_other_state(base, params):
+        state.examined = True
+    elif keeps_other_state(base, params()):
         raise RuntimeError(
             f"direction='momentum' finds neither momentum_buffer nor exp_avg in the state of {name}: use "
             "torch.optim.SGD(..., momentum=0.9), Adam or AdamW as the base optimizer, or direction='gradient'"
         )
-    elif any(map(capturing, {p.device for p in params})):
+    elif any(map(capturing, {p.device for p in params()})):
         raise RuntimeError("there is no momentum yet, and a CUDA graph is being captured: take a step before")
     elif steps > 0:
         tell_once(

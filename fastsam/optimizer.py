@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from typing_extensions import get_overloads, overload
 
 from fastsam import amp, closures, misuse
-from fastsam.arguments import ContextFactory, bind, signature
+from fastsam.arguments import ContextFactory, bind
+from fastsam.checkpoint import is_state_initialisation
 from fastsam.closures import Closure, Passes
-from fastsam.compiler import compiled, uncompiled
-from fastsam.direction import GRADIENT, momentum_of
-from fastsam.distributed import local
-from fastsam.freshness import ClearingWatch, PlainStep, after_zero_grad, around_step
-from fastsam.grad_mode import grad_mode
+from fastsam.direction import DIRECTIONS
+from fastsam.distributed import ProcessGroup
+from fastsam.freshness import ClearingWatch, PlainStep, Uncleared
+from fastsam.hooks import after_zero_grad, around_step
 from fastsam.notices import tell_once
-from fastsam.options import COUNTER, check_one_pass
+from fastsam.options import SETTINGS, UNPICKLED, check_one_pass
 from fastsam.perturbation import flatten_groups, gradient_norm, no_gradient_error
-from fastsam.profiler import label
-from fastsam.state import State
-from fastsam.wrapper import OptimizerWrapper, or_default
+from fastsam.state import Phase, State
+from fastsam.torch_api import compiled, disable_dynamo, grad_mode, hooks, label, uncompiled
+from fastsam.wrapper import OptimizerWrapper
 
 __all__ = ["SAM", "FusedSAM"]
 
@@ -50,26 +51,20 @@ class FusedSAM(OptimizerWrapper):
         w    <- saved w                          second_step: bit for bit
         the base optimizer steps at w with g'
 
-    Two forms of call. The type of the first argument decides:
-
-    .. code-block:: text
-
-        FusedSAM(params, base_optimizer_class, rho=0.05, adaptive=False, *, epsilon=1e-12, interval=1, backend=None,
-                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
-                 start=0, direction="gradient", **base_optimizer_kwargs)
-        FusedSAM(base_optimizer, rho=0.05, epsilon=1e-12, interval=1, *, adaptive=False, backend=None,
-                 first_pass_context=None, grad_scaler=None, flatten_parameters=False, closure_passes="auto",
-                 start=0, direction="gradient")
+    Two forms of call, around a class and around an optimizer. The type of the first argument decides which it is.
 
     ``param_groups`` and ``state`` are the base optimizer's own, so schedulers, checkpoints and hooks see one optimizer.
     ``rho``, ``epsilon`` and ``adaptive`` are keys of the param groups, and may differ between them and change while
-    training.
+    training. So is ``perturb``, True by default: a group with ``perturb=False`` is left out of the norm, of the saved
+    weights and of the ascent, and the base optimizer steps it by its gradient at w + e_w. Where the base optimizer
+    maximises a group (``maximize=True``), the ascent turns: it goes to the lowest point nearby.
 
     Args:
         params: parameters as torch's optimizers take them: tensors, (name, tensor) pairs or group dicts.
         base_optimizer: an optimizer class, or another function that makes one from params (first form); or an
             optimizer (second form).
-        rho: radius of the neighbourhood, >= 0; a float or a 0-d tensor.
+        rho: radius of the neighbourhood, >= 0; a float or a 0-d tensor. Where none is given, direction="momentum" takes
+            1.6.
         adaptive: climb by ASAM's scale-invariant rule.
         epsilon: added to the norm, >= 0.
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it; the others are plain steps of
@@ -81,6 +76,7 @@ class FusedSAM(OptimizerWrapper):
         grad_scaler: the `torch.amp.GradScaler` of the losses. Then `step(closure)` and `second_step` step by it, and
             misuses of it are seen; you call ``scaler.update()``. Without it, end a step by ``scaler.step(sam)``.
         flatten_parameters: move the parameters into one flat buffer for each device and dtype, as views of it.
+            torch.save of a part of the model then writes the whole buffer: clone the tensors of that part first.
         closure_passes: which gradients `step(closure)` takes for those at w. "one": those that are there, so that the
             closure runs once, at w + e_w, as in davda54/sam; "two": the closure computes both, as in torch.optim,
             Lightning and Composer; "auto": those that are there where a backward wrote them since the last step.
@@ -90,6 +86,9 @@ class FusedSAM(OptimizerWrapper):
             the base optimizer's own momentum v, ``momentum_buffer`` or ``exp_avg``. So a step has one gradient, at
             w + e_w: `step(closure)` runs the closure once, and `first_step` comes before the only backward. Parameters
             without momentum yet are not perturbed; the first step, where none has one, is plain.
+        process_group: a `torch.distributed.ProcessGroup` whose ranks hold different plain parameters, such as the
+            stages of a pipeline: the norm is then over all of them, by one all-reduce of one number a step. Not for
+            replicas (DistributedDataParallel). DTensors (FSDP2) do not need it: they say how they are sharded.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
     Raises:
@@ -130,6 +129,7 @@ class FusedSAM(OptimizerWrapper):
         closure_passes: str = "auto",
         start: int = 0,
         direction: str = "gradient",
+        process_group: ProcessGroup | None = None,
         **base_optimizer_kwargs: Any,
     ) -> None: ...
 
@@ -149,40 +149,31 @@ class FusedSAM(OptimizerWrapper):
         closure_passes: str = "auto",
         start: int = 0,
         direction: str = "gradient",
+        process_group: ProcessGroup | None = None,
     ) -> None: ...
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        arguments = bind(*args, **kwargs)
-        base = arguments.base_optimizer
+        base, options, given = bind(self._forms, args, kwargs)
         misuse.restore_left_perturbed(base)
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **arguments.options},
-                "_settings": {
-                    "interval": arguments.interval,
-                    "closure_passes": arguments.closure_passes,
-                    "start": arguments.start,
-                    "direction": arguments.direction,
-                },
-                "first_pass_context": arguments.first_pass_context,
-                "grad_scaler": arguments.grad_scaler,
-                "flatten_parameters": arguments.flatten_parameters,
-                "_backend": arguments.backend,
+                "defaults": {**getattr(base, "defaults", {}), **options},
+                "flatten_parameters": given["flatten_parameters"],
+                "_settings": {name: given[name] for name in SETTINGS},
+                "_backend": given["backend"],
+                **{name: given[name] for name in UNPICKLED},
             }
         )
         if self.flatten_parameters:
             flatten_groups(self.param_groups)
 
-    __init__.__signature__ = signature()  # type: ignore[attr-defined]
+    _forms = cast(Any, tuple(inspect.signature(form, eval_str=True) for form in get_overloads(__init__)))
+    __init__.__signature__ = _forms[0]  # type: ignore[attr-defined]
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """A GradScaler then always calls step(), which must undo the perturbation, and leaves the rest to fastsam.amp.
-
-        In a closure it is Lightning that asks, before it clips: it clips no gradients that may carry a loss scale.
-        """
-        return not self._state.clippable
+    _step_supports_amp_scaling = True
+    """GradScaler then calls step() even when a gradient overflowed, and step() must restore w. `fastsam.amp` skips and
+    unscales."""
 
     # -- the sharpness-aware step --------------------------------------------------------------------------------------
 
@@ -207,7 +198,7 @@ class FusedSAM(OptimizerWrapper):
 
         It may do with a part of the batch (m-sharpness, section 4.1 of the paper): the pass at w + e_w takes it whole.
         """
-        return self.direction == "gradient" and self.is_sam_step and not self.perturbed
+        return self._state.direction.two_passes and self.is_sam_step and not self.perturbed
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -215,21 +206,27 @@ class FusedSAM(OptimizerWrapper):
 
         Without the loss scale, where `grad_scaler` is known; else with it. The momentum's under direction="momentum".
         """
-        norm, scale = self._state.perturbation.norm, self._state.loss_scale
-        if norm is None:
-            return None
-        return norm.clone() if scale is None else norm / scale.to(norm.device, non_blocking=True)
+        return self._state.perturbation.norm
 
-    @_disable_dynamo
+    @property
+    def perturbed_loss(self) -> Tensor | None:
+        """The loss at w + e_w of the last ``step(closure)``, as the closure returned it, detached, on its device.
+
+        None after a step in two calls, a plain step, and a step that was skipped. Less the loss that `step` returns, at
+        w, it is the sharpness.
+        """
+        return self._state.perturbed_loss
+
+    @disable_dynamo
     @grad_mode(False)
     def _grad_norm(self) -> Tensor:
         """davda54/sam's method: the global norm of the gradients that are there now, 0-d, whatever step this is.
 
-        `grad_norm` is for nothing, and of the ascent.
+        `grad_norm` costs nothing: it is the norm that the last ascent computed.
         """
-        return gradient_norm(self.param_groups)
+        return gradient_norm(self.param_groups, self.process_group)
 
-    @_disable_dynamo
+    @disable_dynamo
     @grad_mode(False)
     def first_step(self, zero_grad: bool = False) -> bool:
         """Saves w and climbs: w <- w + e_w, by the gradients that are there, or by the momentum.
@@ -250,6 +247,9 @@ class FusedSAM(OptimizerWrapper):
         """
         self._require_idle("first_step()")
         self._complete_groups()
+        state = self._state
+        self._end_between()
+        state.perturbed_loss = None
         try:
             climbed = self.is_sam_step and self._perturb()
             if climbed and zero_grad:
@@ -259,11 +259,12 @@ class FusedSAM(OptimizerWrapper):
             raise
         if not climbed:
             self._rehearse()
-            self._end_plain_step()
-            self._state.plain_step = PlainStep(self._parameters() if self.direction == "gradient" else ())
+            state.between = PlainStep(self._parameters() if state.direction.two_passes else ())
+        elif not zero_grad and state.direction.two_passes:
+            state.between = Uncleared(self._parameters())
         return climbed
 
-    @_disable_dynamo
+    @disable_dynamo
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores w, bit for bit, and steps the base optimizer with the gradients that are there.
 
@@ -275,7 +276,7 @@ class FusedSAM(OptimizerWrapper):
         """
         closures.before_second_step(self)
         state = self._state
-        state.clears = zero_grad
+        state.will_clear = zero_grad
         try:
             self.step()
             if zero_grad:
@@ -284,7 +285,7 @@ class FusedSAM(OptimizerWrapper):
             self._mark_stale()
             raise
         finally:
-            state.clears = False
+            state.will_clear = False
 
     @grad_mode(False)
     def step(self, closure: Closure | None = None) -> Any:
@@ -304,12 +305,18 @@ class FusedSAM(OptimizerWrapper):
                 used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
+        state = self._state
         self._complete_groups()
-        idle = not (self._state.perturbed or self._state.plain_step)
-        if closure is None and idle and self._is_state_initialisation():
+        if closure is None and not state.perturbed and state.between is None and is_state_initialisation(self):
             self.base_optimizer.step()
             return None
-        loss, valid = self._run(closure)
+        state.perturbed_loss = None
+        passes = None if closure is None else self._passes(closure)
+        if passes is None or passes.computes_nothing:
+            self._finish(passes)
+            loss, valid = None, True
+        else:
+            loss, valid = self._run(passes)
         self._restore()
         self._rehearse()
         if valid:
@@ -319,10 +326,12 @@ class FusedSAM(OptimizerWrapper):
 
     @staticmethod
     def profile_hook_step(func: Callable[P, R]) -> Callable[P, R]:
-        """What torch puts around `step` to run the hooks; the global ones are left to the base optimizer's step.
+        """What torch puts around `step` to run its hooks: the door by which every call of `step` comes.
 
-        torch.compile stays out of it too, for one graph break, but for the closure.
+        The global hooks are left to the base optimizer's step. torch.compile stays out of all but the closure, at one
+        graph break.
         """
+        overridden = func.__module__ != __name__  # by a subclass, which looks at gradients as hooks do
 
         @functools.wraps(func)
         def step(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -331,30 +340,36 @@ class FusedSAM(OptimizerWrapper):
             # Around the hooks too: what fails in one must not leave the weights perturbed either.
             try:
                 with label(f"Optimizer.step#{type(sam).__name__}.step"):
-                    for pre_hook in sam._optimizer_step_pre_hooks.values():
-                        args, kwargs = or_default(pre_hook(sam, args, kwargs), (args, kwargs))
+                    pre_hooks, post_hooks = hooks(sam, "step_pre"), hooks(sam, "step_post")
+                    if len(args) == 1 and kwargs.get("closure") is None:
+                        amp.check_second_gradient(sam)
+                        looked_at = overridden or pre_hooks or post_hooks
+                        if looked_at and not amp.unscale_for_hooks(sam.grad_scaler, sam, sam.base_optimizer):
+                            pre_hooks = post_hooks = ()
+                    for pre_hook in pre_hooks:
+                        args, kwargs = _call_pre_hook(pre_hook, sam, args, kwargs)
                     out = func(*args, **kwargs)
-                    for post_hook in sam._optimizer_step_post_hooks.values():
+                    for post_hook in post_hooks:
                         post_hook(sam, args, kwargs)
                     return out
             except BaseException:
                 sam._restore()
                 sam._mark_stale()
-                amp.forget(sam)
+                amp.clear_scaler_attributes(sam)
                 raise
             finally:
                 sam._state.stepping = False
-                sam._end_plain_step()
+                sam._end_between()
 
         return uncompiled(step)
 
-    @_disable_dynamo
+    @disable_dynamo
     def restore(self) -> None:
         """Back to w, bit for bit, without a step; nothing to do when not perturbed.
 
         The interrupted step ends here and is not counted. Call it before saving a model in a signal handler.
         """
-        if self._state.perturbed or self._state.perturbing:
+        if self._state.phase is not Phase.AT_W:
             self._restore()
             self._mark_stale()
 
@@ -367,55 +382,62 @@ class FusedSAM(OptimizerWrapper):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _run(self, closure: Closure | None) -> tuple[Any, bool]:
+    def _finish(self, passes: Passes | None) -> None:
+        """The end of a step in two calls: the gradients that are there are those to step by."""
+        state = self._state
+        announced = isinstance(state.between, PlainStep)
+        if not state.perturbed and self.is_sam_step and (state.direction.two_passes or not announced):
+            raise RuntimeError(
+                "the weights are not perturbed, so there is nothing to step from: call first_step() and compute the "
+                "gradients again before step() or second_step(), or pass step() a closure"
+                + (closures.advice(amp.in_scaler_step(self)) or "; for a plain step, sam.base_optimizer.step()")
+            )
+        misuse.check_second_pass(state, self.param_groups)
+        if passes is not None:
+            self._call(passes.plain)  # for the trainer's hooks
+
+    def _run(self, passes: Passes) -> tuple[Any, bool]:
         """The passes of one step, up to where the weights are still perturbed.
 
         Returns:
-            The loss at w, and whether the base optimizer may step by the gradients that are there.
+            The loss at w, where the closure computed it, and whether the base optimizer may step by the gradients that
+            are there.
         """
-        passes = None if closure is None else self._passes(closure)
-        if passes is None or passes.empty:
-            plain = self.direction == "momentum" and self._state.plain_step is not None
-            if not self._state.perturbed and self.is_sam_step and not plain:
-                raise RuntimeError(
-                    "the weights are not perturbed, so there is nothing to step from: call first_step() and compute "
-                    "the gradients again before step() or second_step(), or pass step() a closure"
-                    + closures.advice(amp.in_scaler_step(self))
-                )
-            misuse.check_second_pass(self._state, self.param_groups, self.direction == "momentum")
-            if passes is not None:
-                self._call(passes.plain)  # for the trainer's hooks
-            return None, True
         if amp.in_scaler_step(self):
             raise RuntimeError(
                 "scaler.step(sam, closure) can't work: the scaler looks for infinite gradients before the closure "
                 "computes any. Use FusedSAM(..., grad_scaler=scaler) and sam.step(closure), or first_step(), a second "
                 "backward and scaler.step(sam)"
             )
-        misuse.check_lost(self._lost, self.grad_scaler, self.first_pass_context)
-        if self.direction == "momentum":
-            return self._run_only_pass(passes)
-        loss, taken = None, False
+        misuse.check_lost(self._lost, self)
+        if not self._state.direction.two_passes:
+            return self._run_along_momentum(passes)
+        if not self.is_sam_step and not self._state.perturbed:
+            return self._run_plain(passes)
+        loss, closure_is_above = None, False
         if not self._state.perturbed:
-            is_sam_step = self.is_sam_step
-            taken = not passes.by_trainer and self._gradients_are_there()
-            if not taken:
-                # Not around the only pass of a plain step: that gradient is what the base optimizer steps by.
-                context = self.first_pass_context if is_sam_step else None
-                with nullcontext() if context is None else context():
-                    loss = self._call(passes.at_w if is_sam_step else passes.plain)
+            closure_is_above = not passes.by_trainer and self._gradients_are_there()
+            if not closure_is_above:
+                with nullcontext() if self.first_pass_context is None else self.first_pass_context():
+                    loss = self._call(passes.at_w)
                 if passes.by_trainer and loss is None:
                     return None, False
-            if not is_sam_step:
-                return loss, True
             self._perturb()
             self.zero_grad()
-        loss_above = self._call_above(passes.above) if taken else self._call(passes.above)
-        self._check_still_perturbed()
+        loss_above = self._call_watched(passes.above) if closure_is_above else self._call(passes.above)
+        self._check_still_perturbed(loss_above)
         return loss, not (passes.by_trainer and loss_above is None)
 
-    def _run_only_pass(self, passes: Passes) -> tuple[Any, bool]:
-        """As `_run`, along the momentum: the closure runs once, where that leads."""
+    def _run_plain(self, passes: Passes) -> tuple[Any, bool]:
+        """As `_run`, on a step that `start` or `interval` leaves plain."""
+        if not passes.by_trainer and self._gradients_are_there():
+            return None, True
+        # Not in first_pass_context: this gradient is what the base optimizer steps by.
+        loss = self._call(passes.plain)
+        return loss, not (passes.by_trainer and loss is None)
+
+    def _run_along_momentum(self, passes: Passes) -> tuple[Any, bool]:
+        """As `_run`, where the closure runs once: at w + e_w, or on a plain step at w."""
         check_one_pass(self.closure_passes, self.first_pass_context)
         climbed = self._state.perturbed
         if not climbed and self.is_sam_step and self._perturb():
@@ -423,17 +445,24 @@ class FusedSAM(OptimizerWrapper):
             self.zero_grad()  # those at w, of a loop that was written for SAM
         loss = self._call(passes.plain)
         if climbed:
-            self._check_still_perturbed()
+            self._check_still_perturbed(loss)
         return loss, not (passes.by_trainer and loss is None)
 
-    def _check_still_perturbed(self) -> None:
+    def _check_still_perturbed(self, loss_above: Any) -> None:
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
+        if isinstance(loss_above, Tensor):
+            self._state.perturbed_loss = loss_above.detach()
+        elif isinstance(loss_above, float):
+            self._state.perturbed_loss = torch.tensor(loss_above)
 
     def _rehearse(self) -> None:
-        """Meets on the first plain step what a SAM step would refuse: `start` must not fail at 70 % of a run."""
-        if not self._state.rehearsed and not self._state.perturbation.buckets:
-            self._state.rehearsed = self._state.perturbation.rehearse(self.param_groups)
+        """Meets on the first plain steps what a SAM step would refuse, and makes sure that one comes."""
+        perturbation = self._state.perturbation
+        if not perturbation.buckets and not perturbation.rehearsed:
+            perturbation.rehearse(self.param_groups)
+            if perturbation.rehearsed:
+                weakref.finalize(self, misuse.tell_without_ascent, self._state, self._settings)
 
     def _gradients_are_there(self) -> bool:
         """Whether a closure is to find the gradients at w, and not to compute them."""
@@ -447,32 +476,32 @@ class FusedSAM(OptimizerWrapper):
             )
         return fresh
 
-    def _call_above(self, closure: Closure) -> Any:
+    def _call_watched(self, closure: Closure) -> Any:
         """Runs a closure once, at w + e_w, by the gradients that were there; says so where it seems to be a mistake."""
         state = self._state
-        moved = None if state.watched or self.closure_passes != "auto" else state.perturbation.smallest()
+        moved = None if state.examined or self.closure_passes != "auto" else state.perturbation.smallest()
         if moved is None:
             return self._call(closure)
-        state.watched = True
+        state.examined = True
         state.clearing = ClearingWatch(moved)
         try:
             loss = self._call(closure)
         finally:
             cleared, state.clearing = state.clearing.end(), None
         if cleared:
+            self.closure_passes = "two"
             tell_once(
                 "closure passes",
                 "step(closure) took the gradients that were there for those at w, and ran the closure once, at w + e_w "
-                "- but the closure clears the gradients, as one does that computes both. If it is to compute both, use "
-                "FusedSAM(..., closure_passes='two'), or clear the gradients before step(closure); if those that were "
-                "there are the ones at w, use closure_passes='one'",
+                "- but the closure clears the gradients, or sets its own, as one does that computes both. From now on "
+                "it computes both (closure_passes='two'). If the gradients that were there are those at w, use "
+                "FusedSAM(..., closure_passes='one')",
             )
         return loss
 
     def _count_step(self) -> None:
-        for group in self.param_groups:
-            group[COUNTER] += 1
-        if not self._state.clears:
+        self._steps += 1
+        if not self._state.will_clear:
             self._mark_stale()
 
     def _passes(self, closure: Closure) -> Passes:
@@ -480,118 +509,95 @@ class FusedSAM(OptimizerWrapper):
 
     @grad_mode(True)
     def _call(self, closure: Closure) -> Any:
-        with self._clippable():
-            return compiled(closure)
-
-    @contextmanager
-    def _clippable(self) -> Generator[None, None, None]:
-        """Where Lightning may clip; see `_step_supports_amp_scaling`."""
-        self._state.clippable = True
-        try:
-            yield
-        finally:
-            self._state.clippable = False
+        return compiled(closure)
 
     def _perturb(self) -> bool:
         """Climbs; returns False where there is no momentum yet to climb along."""
-        state = self._state
+        state, perturbation = self._state, self._state.perturbation
+        misuse.check_shared(self)
+        misuse.check_process_group(self._lost, self.process_group)
         amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
         there = False
         try:
-            there = state.perturbation.measure(self.param_groups)
+            there = perturbation.measure(self.param_groups, self.process_group)
         finally:
             if not there:
-                state.perturbation.release()
-        if self.direction == "momentum":
-            misuse.check_momentum(state, self.base_optimizer, self._parameters(), self._steps, there)
+                perturbation.release()
+        if not state.direction.two_passes:
+            misuse.check_momentum(state, self.base_optimizer, self._parameters, self._steps, there)
         elif not there:
             raise no_gradient_error()
         if not there:
             return False
-        state.loss_scale = amp.loss_scale(self.grad_scaler) if self.direction == "gradient" else None
+        perturbation.loss_scale = amp.loss_scale(self.grad_scaler) if state.direction.two_passes else None
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.
         # Buckets know themselves how far perturb got.
-        state.perturbing = state.perturbed = True
+        state.phase = Phase.CLIMBING
         try:
-            state.perturbation.perturb()
-            if not state.perturbed:
+            perturbation.perturb()
+            state.phase = Phase.ABOVE if state.phase is Phase.CLIMBING else state.phase
+            if state.phase is Phase.INTERRUPTED:
                 raise RuntimeError("restore() was called, by a signal handler, while first_step() was under way")
         except BaseException:
-            state.perturbation.restore()
-            state.perturbed = False
+            perturbation.restore()
+            state.phase = Phase.AT_W
             raise
-        finally:
-            state.perturbing = False
-        state.witness = state.perturbation.witness()
         # Inside one autocast block the second forward would otherwise use the casts of w that the first one cached.
         torch.clear_autocast_cache()
         return True
 
     @grad_mode(False)  # an exception may come from where gradients are enabled
     def _restore(self) -> None:
-        # Also after a first signal, in whose wake perturb still writes.
-        if self._state.perturbed or self._state.perturbing:
-            self._state.perturbation.restore(again=self._state.perturbing)
-            self._state.perturbed = False
-            torch.clear_autocast_cache()
-
-    def _is_state_initialisation(self) -> bool:
-        """Whether this is torch.distributed.checkpoint filling the base's state: lr 0, gradients zero or none.
-
-        It does so only where there is no state. So the host looks at gradients, and waits for the device, at most where
-        step() without a closure is an error otherwise, or the first plain step of a schedule that begins at lr 0.
-        """
-        if self.state:
-            return False
-        for group in self.param_groups:
-            lr = group.get("lr", 0.0)
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                return False
-            if lr != 0:
-                return False
-        return not any(local(p.grad).any() for p in self._parameters() if p.grad is not None)
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        state = self._state
+        if state.phase is Phase.AT_W:
+            return
+        writing = state.phase is not Phase.ABOVE  # perturb goes on when the signal handler that called is done
+        state.perturbation.restore(again=writing)
+        state.phase = Phase.INTERRUPTED if writing else Phase.AT_W
+        torch.clear_autocast_cache()
 
     def _start(self) -> None:
-        direction = momentum_of(self.base_optimizer) if self.direction == "momentum" else GRADIENT
-        state = self._state = State(self._backend, direction)
+        state = self._state = State(self._backend, DIRECTIONS[self.direction](self.base_optimizer))
         after_zero_grad(self.base_optimizer, self._after_zero_grad)
         around_step(self.base_optimizer, self._before_base_step, self._after_base_step)
         if self.closure_passes != "one":
             self._mark_stale()
-        misuse.alive.add(self)
+        misuse.register(self)
         # Not __del__: Lightning's wrapper inherits from this class, and is collected while the step goes on.
-        weakref.finalize(self, misuse.restore_collected, state).atexit = False
+        weakref.finalize(self, misuse.restore_unfinished, state).atexit = False
 
     def _mark_stale(self, params: list[Tensor] | None = None) -> None:
         self._state.stale.mark(self._parameters() if params is None else params)
 
     def _after_zero_grad(self, gone: bool) -> None:
         state = self._state
-        if state.plain_step is not None:
-            state.plain_step.forgive()
+        if state.between is not None:
+            state.between.forgive()
         if state.clearing is not None:
             state.clearing.cleared = True
         if not gone:
             self._mark_stale()
 
-    def _before_base_step(self) -> None:
+    def _before_base_step(self) -> bool:
+        """Returns whether somebody steps the base optimizer by itself, which counts as a step."""
         if self._state.perturbed:
             raise RuntimeError(
                 "the base optimizer's step() was called while the weights are perturbed (w + e_w): call second_step(), "
                 "which restores w and steps, or restore() first"
             )
+        return not self._state.stepping and not is_state_initialisation(self.base_optimizer)
 
-    def _after_base_step(self) -> None:
-        if not self._state.stepping:  # somebody steps the base optimizer by itself
-            self._mark_stale()
+    def _after_base_step(self, by_itself: bool) -> None:
+        if by_itself:
+            self._complete_groups()
+            self._end_between()
+            self._count_step()
+            self._opt_called = True  # to a scheduler, which would warn that there was no step
 
-    def _end_plain_step(self) -> None:
-        if self._state.plain_step is not None:
-            self._state.plain_step.end()
-            self._state.plain_step = None
+    def _end_between(self) -> None:
+        if self._state.between is not None:
+            self._state.between.end()
+            self._state.between = None
 
     def _require_idle(self, what: str) -> None:
         if self._state.perturbed:
@@ -599,6 +605,16 @@ class FusedSAM(OptimizerWrapper):
                 f"{what} while the weights are perturbed (w + e_w): finish the step with second_step(), or call "
                 "restore() to go back to w"
             )
+
+
+def _call_pre_hook(hook: Callable[..., Any], sam: FusedSAM, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of step() after a pre-hook; as torch has it."""
+    result = hook(sam, args, kwargs)
+    if result is None:
+        return args, kwargs
+    if isinstance(result, tuple) and len(result) == 2:
+        return result
+    raise RuntimeError(f"{hook} must return None or a tuple of (new_args, new_kwargs), but got {result!r}")
 
 
 class SAM(FusedSAM):
@@ -612,6 +628,7 @@ class SAM(FusedSAM):
         **kwargs: options of the base optimizer, and the keywords of `FusedSAM`.
     """
 
+    @overload
     def __init__(
         self,
         params: ParamsT,
@@ -619,5 +636,12 @@ class SAM(FusedSAM):
         rho: float | Tensor = 0.05,
         adaptive: bool = False,
         **kwargs: Any,
-    ) -> None:
-        super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    __init__.__signature__ = inspect.signature(get_overloads(__init__)[0], eval_str=True)  # type: ignore[attr-defined]

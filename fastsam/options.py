@@ -1,30 +1,35 @@
-"""FusedSAM's options, in the param groups and beside them, and the checks of each."""
+"""FusedSAM's options: those in the param groups, those beside them, and the check of each.
+
+A keyword of FusedSAM is said in three places: in the overloads of `FusedSAM.__init__`, in their docstring, and in the
+tables of checks here.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from fastsam.direction import DIRECTIONS
-from fastsam.distributed import is_fsdp1
+from fastsam.distributed import ProcessGroup, is_fsdp1
 
 __all__ = [
     "COUNTER",
     "DTYPES",
+    "GROUP_DEFAULTS",
     "OPTIONS",
-    "PASSES",
+    "SETTINGS",
+    "UNPICKLED",
     "Group",
-    "check_direction",
     "check_group",
-    "check_interval",
     "check_one_pass",
     "check_options",
-    "check_passes",
-    "check_start",
     "complete_group",
     "host_value",
     "parameter_name",
@@ -32,22 +37,126 @@ __all__ = [
 
 Group = dict[str, Any]
 
-OPTIONS = ("rho", "epsilon", "adaptive")
-"""FusedSAM's options in every param group."""
-
 COUNTER = "sam_step"
 """Steps completed: a group key, since distributed.checkpoint drops top-level ones; the same in every group."""
-
-PASSES = ("auto", "one", "two")
-"""What `closure_passes` may be."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes of parameters that can be perturbed."""
 
 
+# -- the check of each: takes the value and what an error message calls it, returns the value as it is kept -----------
+
+
+def _check_number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are registered as such
+        raise TypeError(f"{name} must be a float, but got {_show(value)}")
+    if not (0 <= float(value) < math.inf):
+        raise ValueError(f"{name} must be finite and >= 0, but got {value}")
+    return float(value)
+
+
+def _check_rho(rho: Any, name: str) -> float | Tensor:
+    if not isinstance(rho, Tensor):
+        return _check_number(rho, name)
+    if rho.numel() != 1 or not rho.is_floating_point():
+        raise ValueError(f"{name} must be a float or a 0-d floating point tensor, but got {_show(rho)}")
+    if rho.device.type == "cpu":  # on a device: to look at it would be to wait for it
+        _check_number(float(rho), name)
+    return rho if rho.dim() == 0 else rho.reshape(())  # in the same memory, where a graph reads it
+
+
+def _check_bool(value: Any, name: str) -> bool:
+    if isinstance(value, Tensor) or value not in (False, True):
+        raise TypeError(f"{name} must be True or False, but got {value!r}")
+    return bool(value)
+
+
+def _check_int(value: Any, name: str, least: int, what: str = "an int") -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {what}, but got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, but got {value}")
+    return int(value)
+
+
+def _check_one_of(value: Any, name: str, names: tuple[str, ...]) -> str:
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, but got {value!r}")
+    return str(value)
+
+
+def _check_context(value: Any, name: str) -> Any:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name} must be a function that makes a context manager, such as model.no_sync (without calling it), but "
+            f"got {value!r}"
+        )
+    return value
+
+
+def _check_scaler(value: Any, name: str) -> Any:
+    if value is not None and not isinstance(value, GradScaler):
+        raise TypeError(f"{name} must be a torch.amp.GradScaler or None, but got {value!r}")
+    return value
+
+
+def _check_process_group(value: Any, name: str) -> Any:
+    if value is not None and not isinstance(value, ProcessGroup):
+        hint = " (what new_group() returns on a rank that is no member)" if isinstance(value, int) else ""
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, but got {value!r}{hint}")
+    return value
+
+
+Check = Callable[[Any, str], Any]
+
+OPTIONS: dict[str, Check] = {
+    "rho": _check_rho,
+    "epsilon": _check_number,
+    "adaptive": _check_bool,
+    "perturb": _check_bool,
+}
+"""The keys of every param group."""
+
+GROUP_DEFAULTS = {"perturb": True}
+"""What a group gets that no keyword of FusedSAM gives."""
+
+SETTINGS: dict[str, Check] = {
+    "interval": partial(_check_int, least=1),
+    "start": partial(_check_int, least=0, what="an int, a number of steps"),
+    "closure_passes": partial(_check_one_of, names=("auto", "one", "two")),
+    "direction": partial(_check_one_of, names=tuple(DIRECTIONS)),
+}
+"""One value for all groups."""
+
+UNPICKLED: dict[str, Check] = {
+    "first_pass_context": _check_context,
+    "grad_scaler": _check_scaler,
+    "process_group": _check_process_group,
+}
+"""What belongs to the training and not to the optimizer: a deepcopy shares it, and a pickle leaves it behind."""
+
+
+def check_options(options: Group, where: str = "") -> Group:
+    """Checks the options of a param group.
+
+    Args:
+        options: a mapping; those that it lacks get their defaults where there are any.
+        where: what an error message adds to the option's name.
+
+    Returns:
+        The options, as Python's own numbers; a rho that is a tensor is 0-d, in the same memory.
+
+    Raises:
+        TypeError: one is not of its type.
+        ValueError: rho or epsilon is negative or not finite.
+    """
+    options = {**GROUP_DEFAULTS, **options}
+    return {name: check(options[name], f"{name}{where}") for name, check in OPTIONS.items()}
+
+
 def complete_group(group: Group, options: Group, steps: int) -> Group:
     """Adds to a param group what it lacks of FusedSAM's keys; returns it."""
-    for key, value in options.items():
+    for key, value in {**GROUP_DEFAULTS, **options}.items():
         group.setdefault(key, value)
     group.setdefault(COUNTER, steps)
     return group
@@ -78,73 +187,6 @@ def check_group(groups: list[Group], i: int) -> None:
         seen.add(id(p))
 
 
-def check_options(options: Group, where: str = "") -> Group:
-    """Checks rho, epsilon and adaptive.
-
-    Args:
-        options: a mapping that has the three.
-        where: what an error message adds to the option's name.
-
-    Returns:
-        The three, as Python's own numbers; a rho that is a tensor is 0-d, in the same memory.
-
-    Raises:
-        TypeError: one is not of its type.
-        ValueError: rho or epsilon is negative or not finite.
-    """
-    rho, epsilon, adaptive = options["rho"], options["epsilon"], options["adaptive"]
-    if isinstance(rho, Tensor):
-        if rho.numel() != 1 or not rho.is_floating_point():
-            raise ValueError(f"rho{where} must be a float or a 0-d floating point tensor, but got {_show(rho)}")
-        rho = host_value(rho)
-    for key, value in (("rho", rho), ("epsilon", epsilon)):
-        if isinstance(value, Tensor) and key == "rho":  # on a device: to look at it would be to wait for it
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are registered as such
-            raise TypeError(f"{key}{where} must be a float, but got {_show(value)}")
-        if not (0 <= float(value) < math.inf):
-            raise ValueError(f"{key}{where} must be finite and >= 0, but got {value}")
-    if isinstance(adaptive, Tensor) or adaptive not in (False, True):
-        raise TypeError(f"adaptive{where} must be True or False, but got {adaptive!r}")
-    return {
-        "rho": _as_scalar(options["rho"]),
-        "epsilon": float(epsilon),
-        "adaptive": bool(adaptive),
-    }
-
-
-def _as_scalar(rho: float | Tensor) -> float | Tensor:
-    """A float, or the tensor itself, or a view of it without dimensions."""
-    if isinstance(rho, Tensor):
-        return rho if rho.dim() == 0 else rho.reshape(())
-    return float(rho)
-
-
-def check_interval(interval: int) -> int:
-    """Returns `interval` as an int; raises a TypeError or a ValueError unless it is one, and >= 1."""
-    if isinstance(interval, bool) or not isinstance(interval, numbers.Integral):
-        raise TypeError(f"interval must be an int, but got {interval!r}")
-    if interval < 1:
-        raise ValueError(f"interval must be >= 1, but got {interval}")
-    return int(interval)
-
-
-def check_start(start: int) -> int:
-    """Returns `start` as an int; raises a TypeError or a ValueError unless it is one, and >= 0."""
-    if isinstance(start, bool) or not isinstance(start, numbers.Integral):
-        raise TypeError(f"start must be an int, a number of steps, but got {start!r}")
-    if start < 0:
-        raise ValueError(f"start must be >= 0, but got {start}")
-    return int(start)
-
-
-def check_direction(direction: str) -> str:
-    """Returns `direction`; raises a ValueError unless it is one of `DIRECTIONS`."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}, but got {direction!r}")
-    return direction
-
-
 def check_one_pass(closure_passes: str, first_pass_context: object) -> None:
     """Raises a ValueError where an option is for a pass at w, which direction='momentum' does not have."""
     if closure_passes != "auto":
@@ -157,13 +199,6 @@ def check_one_pass(closure_passes: str, first_pass_context: object) -> None:
             "first_pass_context is for the pass at w, but direction='momentum' computes only the gradients at w + e_w, "
             "which all ranks need synchronised: leave it out"
         )
-
-
-def check_passes(closure_passes: str) -> str:
-    """Returns `closure_passes`; raises a ValueError unless it is one of `PASSES`."""
-    if closure_passes not in PASSES:
-        raise ValueError(f"closure_passes must be one of {', '.join(map(repr, PASSES))}, but got {closure_passes!r}")
-    return closure_passes
 
 
 def parameter_name(group: Group, group_index: int, index: int) -> str:

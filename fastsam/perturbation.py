@@ -1,10 +1,10 @@
-"""Which bucket each parameter belongs to, and one ascent over all of them."""
+"""Which bucket each parameter belongs to, and one perturbation over all buckets."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +13,34 @@ from fastsam import backends
 from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
-from fastsam.distributed import Shardings, is_dtensor, local, local_grad
-from fastsam.options import DTYPES, check_options, host_value, parameter_name
+from fastsam.distributed import ProcessGroup, Shardings, is_dtensor, local, local_grad
+from fastsam.options import DTYPES, Group, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
 __all__ = ["Perturbation", "flatten_groups", "gradient_norm", "no_gradient_error"]
 
-Group = dict[str, Any]
-
 
 class Perturbation:
-    """The buckets of an optimizer's parameters, laid out again when parameters come, move or change.
+    """One perturbation over all buckets: measured, written and taken back.
 
-    A parameter enters a bucket with its first gradient, so that frozen ones cost nothing.
+    The buckets are laid out again when parameters come, move or change. A parameter enters a bucket with its first
+    gradient, so that frozen ones cost nothing.
 
     Args:
         backend: the name to ask every device's backend by; None for the default of each.
         direction: what stands for the gradient of each parameter.
 
     Attributes:
+        direction: as given.
         buckets: with the backend of each.
+        rehearsed: whether `rehearse` found gradients.
+        loss_scale: what the gradients of the last ascent were multiplied by, 0-d, where it is known and not 1.
     """
 
     def __init__(self, backend: str | None, direction: Direction = GRADIENT) -> None:
         self.direction = direction
         self.buckets: list[tuple[backends.Backend, ParameterBucket]] = []
+        self.loss_scale: Tensor | None = None
         self._backend = backend
         self._scalars: dict[torch.device, Scalars] = {}
         self._shardings = Shardings([])
@@ -45,21 +48,30 @@ class Perturbation:
         self._slotless: list[Tensor] = []
         self._in_graphs: list[object] = []  # what a CUDA graph reads and writes at every replay lives as long as this
         self._params: list[list[Tensor]] = []
-        self._options: tuple[list[float | Tensor], list[float], list[bool]] | None = None
+        self._process_group: ProcessGroup | None = None
+        self._options: tuple[list[float | Tensor], list[float], list[bool], list[float]] | None = None
+        self._versions: list[list[int]] = []
+        self.rehearsed = False
         self._warned = False
 
     @property
     def norm(self) -> Tensor | None:
-        """The global gradient norm of the last ascent, 0-d, on the first bucket's device; None before the first."""
-        for each in self._scalars.values():
-            return each.norm
+        """The global norm of the last ascent, 0-d, on the first bucket's device; None before the first.
+
+        Without the loss scale, where that is known.
+        """
+        for scalars in self._scalars.values():
+            if self.loss_scale is None:
+                return scalars.norm.clone()
+            return scalars.norm / self.loss_scale.to(scalars.norm.device, non_blocking=True)
         return None
 
-    def measure(self, groups: list[Group]) -> bool:
+    def measure(self, groups: list[Group], process_group: ProcessGroup | None = None) -> bool:
         """Computes norm and scale from the gradients that are there. Writes to no parameter.
 
         Args:
-            groups: the param groups, each with rho, epsilon and adaptive.
+            groups: the param groups, each with FusedSAM's options.
+            process_group: whose ranks hold other parameters, which count in the norm too.
 
         Returns:
             Whether there are any, on one of the ranks; else there is nothing to `perturb` by.
@@ -70,46 +82,45 @@ class Perturbation:
         """
         if (
             not self._same_parameters(groups)
+            or process_group is not self._process_group
             or any(bucket.moved() for _, bucket in self.buckets)
             or any(g is not None for g in map(self.direction.of, self._slotless))
         ):
+            self._process_group = process_group
             self._lay_out(groups)
-            self._params = [list(group["params"]) for group in groups]
-        if not all(bucket.gather() for _, bucket in self.buckets):
-            self._lay_out(groups)
-            for _, bucket in self.buckets:
-                bucket.gather()
-        sharded = len(self._shardings) > 1
+            self._params = [list(_perturbed(group)) for group in groups]
+        for _, bucket in self.buckets:
+            bucket.gather()
+        collective = self._shardings.collective
         no_gradient = not any(g is not None for _, bucket in self.buckets for g in bucket.grads)
-        if no_gradient and not sharded:
+        if no_gradient and not collective:
             return False
         self._set_options(groups)
-        alone = len(self.buckets) == 1 and not sharded
+        finish = len(self.buckets) == 1 and not collective
         for backend, bucket in self.buckets:
-            backend.norm(bucket, self._scalars[bucket.device], alone)
-        if alone:
+            backend.norm(bucket, self._scalars[bucket.device], finish)
+        if finish:
             return True
-        if sharded or len(self._scalars) > 1:
-            total = self._total()
+        if collective or len(self._scalars) > 1:
+            total = self._sum_over_ranks()
             # The other ranks wait for this one in the sum, so it takes part first.
             if no_gradient and total == 0:
                 return False
         self._combine()
         return True
 
-    def rehearse(self, groups: list[Group]) -> bool:
+    def rehearse(self, groups: list[Group]) -> None:
         """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
 
-        Returns:
-            Whether there were any.
+        So `start` does not fail after 70 % of a run.
 
         Raises:
             RuntimeError: there is no memory for the backup.
             TypeError, ValueError: as `measure`.
         """
-        params = [p for group in groups for p in group["params"]]
+        params = [p for group in groups for p in _perturbed(group)]
         if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
-            return False
+            return
         trial = Perturbation(self._backend, self.direction)
         trial._warned = self._warned
         trial._lay_out(groups)
@@ -118,7 +129,7 @@ class Perturbation:
             if not any(map(is_dtensor, bucket.params)):  # theirs may take a collective, and other ranks have none
                 bucket.gather()
         backups = [bucket.allocate_backup() for _, bucket in trial.buckets]
-        return bool(backups)
+        self.rehearsed = bool(backups)
 
     def perturb(self) -> None:
         """w <- w + e_w, by the last `measure`."""
@@ -126,18 +137,18 @@ class Perturbation:
             backend.perturb(bucket, self._scalars[bucket.device])
             bucket.unstage()
             bucket.release()
+        self._versions = [[p._version for p in bucket.live_params()] for _, bucket in self.buckets]
 
     def smallest(self) -> Tensor | None:
         """The smallest of the parameters that the last ascent moved; None where it moved none."""
-        moved = [bucket.params[i] for _, bucket in self.buckets for i in bucket.live()]
+        moved = [p for _, bucket in self.buckets for p in bucket.live_params()]
         return min(moved, key=Tensor.numel, default=None)
 
-    def witness(self) -> tuple[Tensor, int] | None:
-        """One of the parameters that the last ascent moved, and its version; None where it moved none."""
-        for _, bucket in self.buckets:
-            if (i := bucket.first_live()) is not None:
-                return bucket.params[i], bucket.params[i]._version
-        return None
+    def all_written(self) -> bool:
+        """Whether somebody has written to every perturbed parameter since `perturb`, as load_state_dict does."""
+        live = [bucket.live_params() for _, bucket in self.buckets]
+        pairs = zip(itertools.chain(*live), itertools.chain(*self._versions), strict=False)
+        return any(live) and all(p._version != version for p, version in pairs)
 
     def release(self) -> None:
         """Lets go of the gradients that a failed `measure` took up."""
@@ -171,9 +182,29 @@ class Perturbation:
             else:
                 bucket.release()
 
+    def restore_unwritten(self) -> bool:
+        """w <- saved w, but not where somebody has written since `perturb`; returns whether somebody has."""
+        written = [
+            {
+                i
+                for i, p, version in zip(bucket.live(), bucket.live_params(), versions, strict=True)
+                if p._version != version
+            }
+            for (_, bucket), versions in zip(self.buckets, self._versions, strict=True)
+        ]
+        if not any(written):
+            self.restore()
+            return False
+        for (_, bucket), slots in zip(self.buckets, written, strict=True):
+            if not bucket.abandoned():
+                bucket.restore_moved(but=slots)
+            bucket.free_backup()
+            bucket.release()
+        return True
+
     def _same_parameters(self, groups: list[Group]) -> bool:
         """Whether the groups hold the parameters of the last layout."""
-        pairs = zip(self._params, (group["params"] for group in groups), strict=False)
+        pairs = zip(self._params, map(_perturbed, groups), strict=False)
         return len(groups) == len(self._params) and all(
             len(known) == len(params) and all(map(is_, known, params)) for known, params in pairs
         )
@@ -181,10 +212,11 @@ class Perturbation:
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}
         members: dict[tuple[torch.device, torch.dtype, int], list[tuple[Tensor, int, str]]] = {}
-        shardings = Shardings(p for group in groups for p in group["params"])
+        # All parameters, perturbed or not: all ranks find the same ways.
+        shardings = Shardings((p for group in groups for p in group["params"]), self._process_group)
         slotless = []
         for i, group in enumerate(groups):
-            for j, p in enumerate(group["params"]):
+            for j, p in enumerate(_perturbed(group)):
                 if self.direction.of(p) is None and not (id(p) in slotted and p.requires_grad):
                     slotless.append(p)
                     continue
@@ -220,29 +252,30 @@ class Perturbation:
         rho = [host_value(group["rho"]) for group in groups]
         epsilon = [group["epsilon"] for group in groups]
         adaptive = [group["adaptive"] for group in groups]
-        options = (rho, epsilon, adaptive)
+        signs = [self.direction.sign(group) for group in groups]
+        options = (rho, epsilon, adaptive, signs)
         on_device = any(isinstance(r, Tensor) for r in rho)
         if not on_device and options == self._options:
             return
         self._options = None
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
-        signed = rho if self.direction.sign > 0 else [-r for r in rho]
-        for each in self._scalars.values():
-            each.set_groups(signed, epsilon, adaptive)
+        signed = [r if sign > 0 else -r for r, sign in zip(rho, signs, strict=True)]
+        for scalars in self._scalars.values():
+            scalars.set_groups(signed, epsilon, adaptive)
         self._options = None if on_device else options
 
-    def _total(self) -> Tensor:
+    def _sum_over_ranks(self) -> Tensor:
         """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
-        scalars = list(self._scalars.values())
-        first = scalars[0].square_sums if scalars else torch.zeros((), dtype=torch.float64, device="cpu")
+        all_scalars = list(self._scalars.values())
+        first = all_scalars[0].square_sums if all_scalars else torch.zeros((), dtype=torch.float64, device="cpu")
         sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
         for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
             sums[i] += self._scalars[bucket.device].square_sums[bucket.index].to(first.device)
         total = self._shardings.reduce(sums)
-        for each in scalars:
-            each.square_sums.zero_()
-            each.square_sums[0].copy_(total)
+        for scalars in all_scalars:
+            scalars.square_sums.zero_()
+            scalars.square_sums[0].copy_(total)
         return total
 
     def _combine(self) -> None:
@@ -264,6 +297,12 @@ class Perturbation:
             )
 
 
+def _perturbed(group: Group) -> list[Tensor]:
+    """The parameters of a group, if it is one that is perturbed."""
+    params: list[Tensor] = group["params"]
+    return params if group["perturb"] else []
+
+
 def _order(entry: tuple[Tensor, int, str]) -> tuple[bool, int, int]:
     """Vectors first, small ones before large: the many small ones lie side by side in the backup, for one copy."""
     p, group, _ = entry
@@ -278,19 +317,20 @@ def no_gradient_error() -> RuntimeError:
     )
 
 
-def gradient_norm(groups: list[Group]) -> Tensor:
+def gradient_norm(groups: list[Group], process_group: ProcessGroup | None = None) -> Tensor:
     """The global norm of the gradients that are there, adaptive or not by group, 0-d; writes to nothing.
 
     Args:
-        groups: the param groups.
+        groups: the param groups; those that are not perturbed are left out.
+        process_group: whose ranks hold other parameters.
 
     Raises:
         RuntimeError: no parameter has a gradient.
     """
-    shardings = Shardings(p for group in groups for p in group["params"])
+    shardings = Shardings((p for group in groups for p in group["params"]), process_group)
     sums: list[Tensor] = []
     for i, group in enumerate(groups):
-        for j, p in enumerate(group["params"]):
+        for j, p in enumerate(_perturbed(group)):
             name = parameter_name(group, i, j)
             if (g := local_grad(p, p.grad, name)) is None:
                 continue
@@ -298,7 +338,7 @@ def gradient_norm(groups: list[Group]) -> Tensor:
             square = torch.linalg.vector_norm(term, dtype=torch.promote_types(term.dtype, torch.float32)).double() ** 2
             sums = sums or [square.new_zeros(()) for _ in range(len(shardings))]
             sums[shardings.index(p, name)] += square.to(sums[0].device)
-    if not sums and len(shardings) == 1:
+    if not sums and not shardings.collective:
         raise no_gradient_error()
     sums = sums or [torch.zeros((), dtype=torch.float64) for _ in range(len(shardings))]
     return shardings.reduce(sums).sqrt().float()

@@ -1,4 +1,7 @@
-"""Where many tensors lie in memory: by the native library in a third to a fifth of Python's time, or else by it."""
+"""Records where tensors lie in memory and tells whether they moved.
+
+In C++ where the library is built, which is 3 to 5 times faster; else in Python.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def native() -> ModuleType | None:
 
 
 class Places:
-    """Where tensors lie: address, number of elements, dtype and layout of each.
+    """Where tensors lie: address, dtype, shape and strides of each.
 
     Args:
         tensors: strided ones.
@@ -34,6 +37,7 @@ class Places:
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._sizes = list(map(Tensor.numel, tensors))
         self._dtypes = list(map(_dtype, tensors))
+        self._layouts = _layouts(tensors)
         self._table = torch.zeros(sum(5 + 2 * t.dim() for t in tensors), dtype=torch.int64, device="cpu")
         library = native()
         self._library = library if library is not None and library.record(tensors, self._table) else None
@@ -52,20 +56,24 @@ class Places:
         return 0 if self._library is None else int(self._library.survey(tensors, self._table, table))
 
     def moved(self, tensors: list[Tensor]) -> bool:
-        """Whether one of the tensors lies elsewhere by now, or, where the native library tells, otherwise."""
+        """Whether one of the tensors has another address, dtype, shape or strides than it had."""
         if self._library is not None:
             return not self._library.unmoved(tensors, self._table, True)
-        return list(map(Tensor.data_ptr, tensors)) != self._addresses
+        return not self._same_memory(tensors) or _layouts(tensors) != self._layouts
 
     def in_place(self, tensors: list[Tensor]) -> bool:
-        """Whether all lie there, in any layout: a freed address may come again with another dtype or size."""
+        """Whether all have their memory still, in any layout: a freed address may come again with another dtype."""
         if self._library is not None:
             return bool(self._library.unmoved(tensors, self._table, False))
-        return (
-            list(map(Tensor.data_ptr, tensors)) == self._addresses
-            and list(map(Tensor.numel, tensors)) == self._sizes
-            and list(map(_dtype, tensors)) == self._dtypes
-        )
+        return self._same_memory(tensors) and list(map(Tensor.numel, tensors)) == self._sizes
+
+    def _same_memory(self, tensors: list[Tensor]) -> bool:
+        return list(map(Tensor.data_ptr, tensors)) == self._addresses and list(map(_dtype, tensors)) == self._dtypes
 
 
 _dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
+
+
+def _layouts(tensors: list[Tensor]) -> tuple[list[torch.Size], list[tuple[int, ...]]]:
+    return list(map(_shape, tensors)), list(map(Tensor.stride, tensors))

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+from enum import Enum, auto
+
 from torch import Tensor
 
 from fastsam.direction import Direction
-from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients
+from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients, Uncleared
 from fastsam.perturbation import Perturbation
 
-__all__ = ["State"]
+__all__ = ["Phase", "State"]
+
+
+class Phase(Enum):
+    """Where the weights are."""
+
+    AT_W = auto()
+    CLIMBING = auto()
+    """perturb is writing w + e_w."""
+    INTERRUPTED = auto()
+    """A signal handler restored w while perturb was writing, which it still does when the handler is done."""
+    ABOVE = auto()
+    """At w + e_w."""
 
 
 class State:
-    """All that changes while training, in one object: wrappers copy an optimizer's attributes and set their own."""
+    """All that changes while training, in one object: wrappers copy an optimizer's attributes and set their own.
+
+    Attributes:
+        phase: where the weights are. It is stored before and after every write to them.
+        perturbation: the buckets, and the last ascent.
+        stale: the gradients that are done with.
+        between: what is watched between `first_step` and `second_step`; a PlainStep where `first_step` returned False.
+        clearing: watches the closure that is running; None where nothing needs to be found out.
+        examined: whether the first step was looked at whose gradients could be there by mistake.
+        stepping: whether `step` is under way.
+        will_clear: whether `second_step` will clear the gradients, so that none needs a mark.
+        perturbed_loss: the loss at w + e_w of the last step with a closure.
+    """
 
     def __init__(self, backend: str | None, direction: Direction) -> None:
-        self.perturbed = False
-        self.perturbing = False
+        self.phase = Phase.AT_W
         self.perturbation = Perturbation(backend, direction)
         self.stale = StaleGradients()
-        self.loss_scale: Tensor | None = None
-        self.plain_step: PlainStep | None = None  # what first_step() returned False on
+        self.between: PlainStep | Uncleared | None = None
         self.clearing: ClearingWatch | None = None
-        self.rehearsed = False
-        self.clears = False  # second_step() will, so that there is nothing to mark
-        self.watched = False  # a closure that ran once; see `FusedSAM._call_above`
-        self.stepping = False  # step() is under way
-        self.witness: tuple[Tensor, int] | None = None  # a weight, and its version once it was perturbed
-        self.clippable = False  # the gradients, to Lightning
+        self.examined = False
+        self.stepping = False
+        self.will_clear = False
+        self.perturbed_loss: Tensor | None = None
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are at w + e_w, or on their way there."""
+        return self.phase is Phase.ABOVE or self.phase is Phase.CLIMBING
+
+    @property
+    def direction(self) -> Direction:
+        """What the ascent climbs along."""
+        return self.perturbation.direction

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fastsam.arguments import ContextFactory
-from fastsam.checkpoint import to_base_state_dict, with_groups, without_groups
+from fastsam.checkpoint import check_settings, to_base_state_dict, with_options, without_options
+from fastsam.distributed import ProcessGroup
 from fastsam.options import (
     COUNTER,
+    GROUP_DEFAULTS,
     OPTIONS,
+    SETTINGS,
+    UNPICKLED,
+    Group,
     check_group,
-    check_interval,
     check_one_pass,
     check_options,
-    check_passes,
-    check_start,
     complete_group,
 )
 from fastsam.perturbation import flatten_groups
+from fastsam.torch_api import disable_dynamo, hooks
 
 __all__ = ["OptimizerWrapper", "or_default"]
-
-Group = dict[str, Any]
 
 PICKLED = ("base_optimizer", "defaults", "flatten_parameters", "_settings", "_backend")
 
@@ -41,7 +42,9 @@ class OptimizerWrapper(Optimizer):
     flatten_parameters: bool
     first_pass_context: ContextFactory | None
     grad_scaler: GradScaler | None
-    _settings: dict[str, Any]  # one object, which is changed in place: Lightning's wrapper has attributes of its own
+    process_group: ProcessGroup | None
+    _forms: tuple[inspect.Signature, inspect.Signature]
+    _settings: Group  # with "steps"; one object, changed in place: Lightning's wrapper has attributes of its own
     _backend: str | None
     _lost: tuple[str, ...]
 
@@ -90,7 +93,7 @@ class OptimizerWrapper(Optimizer):
         self._require_idle(f"{name}()")
         return getattr(self.base_optimizer, name)(*args, **kwargs)
 
-    @_disable_dynamo
+    @disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as the base optimizer does.
 
@@ -138,7 +141,7 @@ class OptimizerWrapper(Optimizer):
 
     @interval.setter
     def interval(self, interval: int) -> None:
-        self._settings["interval"] = check_interval(interval)
+        self._settings["interval"] = SETTINGS["interval"](interval, "interval")
 
     @property
     def start(self) -> int:
@@ -147,7 +150,7 @@ class OptimizerWrapper(Optimizer):
 
     @start.setter
     def start(self, start: int) -> None:
-        self._settings["start"] = check_start(start)
+        self._settings["start"] = SETTINGS["start"](start, "start")
 
     @property
     def closure_passes(self) -> str:
@@ -156,7 +159,7 @@ class OptimizerWrapper(Optimizer):
 
     @closure_passes.setter
     def closure_passes(self, closure_passes: str) -> None:
-        closure_passes = check_passes(closure_passes)
+        closure_passes = SETTINGS["closure_passes"](closure_passes, "closure_passes")
         if self.direction == "momentum":
             check_one_pass(closure_passes, None)
         self._settings["closure_passes"] = closure_passes
@@ -176,10 +179,9 @@ class OptimizerWrapper(Optimizer):
         return values[0]
 
     def _set_option(self, name: str, value: Any) -> None:
-        options = check_options({**self.defaults, name: value})
-        self.defaults[name] = options[name]
+        self.defaults[name] = value = OPTIONS[name](value, name)
         for group in self.param_groups:
-            group[name] = options[name]
+            group[name] = value
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
@@ -187,7 +189,7 @@ class OptimizerWrapper(Optimizer):
         """Adds a param group to the base optimizer.
 
         Args:
-            param_group: ``params`` and options, as torch takes them; also rho, epsilon, adaptive.
+            param_group: ``params`` and options, as torch takes them; also rho, epsilon, adaptive, perturb.
 
         Raises:
             RuntimeError: perturbed.
@@ -211,12 +213,11 @@ class OptimizerWrapper(Optimizer):
         """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
         groups = self.param_groups
         if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
-            options = {key: self.defaults[key] for key in OPTIONS}
-            steps = max(group.get(COUNTER, 0) for group in groups)
+            steps: int = max(group.get(COUNTER) or self._settings["steps"] for group in groups)
             for i, group in enumerate(groups):
                 if COUNTER not in group:
                     self._mark_stale(group["params"])
-                complete_group(group, options, steps)
+                complete_group(group, {key: self.defaults[key] for key in OPTIONS}, steps)
                 check_group(groups, i)
 
     def _parameters(self) -> list[Tensor]:
@@ -224,25 +225,33 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def _steps(self) -> int:
-        """How many are completed; 0 while there are no groups: some callers clear the list and add them again."""
+        """How many are completed; remembered while there are no groups, which some callers clear and add again."""
         groups = self.param_groups
-        if groups and COUNTER not in groups[0]:
-            self._complete_groups()
-        return int(groups[0][COUNTER]) if groups else 0
+        if groups:
+            if COUNTER not in groups[0]:
+                self._complete_groups()
+            self._settings["steps"] = int(groups[0][COUNTER])
+        return int(self._settings["steps"])
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._settings["steps"] = steps
+        for group in self.param_groups:
+            group[COUNTER] = steps
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict; its groups hold rho, epsilon, adaptive and the count of steps too.
+        """The base optimizer's state dict; its groups hold FusedSAM's options and the count of steps too.
 
         Raises:
             RuntimeError: perturbed.
         """
         self._require_idle("state_dict()")
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in hooks(self, "state_dict_pre"):
             pre_hook(self)
-        state_dict = with_groups(self.base_optimizer.state_dict(), self._own_options())
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
+        state_dict = with_options(self.base_optimizer.state_dict(), self._own_options(), self._settings)
+        for post_hook in hooks(self, "state_dict_post"):
             state_dict = or_default(post_hook(self, state_dict), state_dict)
         return state_dict
 
@@ -261,11 +270,12 @@ class OptimizerWrapper(Optimizer):
         """
         self._require_idle("load_state_dict()")
         state_dict = state_dict.copy()  # hooks may write to it
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for pre_hook in hooks(self, "load_state_dict_pre"):
             state_dict = or_default(pre_hook(self, state_dict), state_dict)
         self._complete_groups()
         before = self._own_options()
-        state_dict, beside = without_groups(to_base_state_dict(state_dict))
+        state_dict, beside, settings = without_options(to_base_state_dict(state_dict))
+        check_settings(settings, self._settings)
         saved_groups = beside or state_dict.get("param_groups", [])
         for i, (options, saved) in enumerate(zip(before, saved_groups, strict=False)):
             check_options({**options, **saved}, f" of param group {i} of the state dict")
@@ -278,7 +288,7 @@ class OptimizerWrapper(Optimizer):
                     group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
             for key, value in options.items():
                 group.setdefault(key, value)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in hooks(self, "load_state_dict_post"):
             post_hook(self)
 
     def _own_options(self) -> list[Group]:
@@ -289,22 +299,29 @@ class OptimizerWrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickle and deepcopy")
         # A bound no_sync would bring the whole model along, and the loss scale of the copy would be another one.
-        scaler = self.grad_scaler is not None and self.grad_scaler.is_enabled()
-        losing = {"first_pass_context": self.first_pass_context is not None, "grad_scaler": scaler}
-        lost = (*self._lost, *(name for name, there in losing.items() if there))
+        there = {name: getattr(self, name) is not None for name in UNPICKLED}
+        there["grad_scaler"] = self.grad_scaler is not None and self.grad_scaler.is_enabled()
+        lost = (*self._lost, *(name for name in UNPICKLED if there[name]))
         return {name: getattr(self, name) for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # As defaults of the class these would hide the instance's from Lightning's wrapper, which inherits from it.
-        super().__setstate__({"first_pass_context": None, "grad_scaler": None, "_lost": (), **state})
+        # Set here and not as class attributes: LightningOptimizer subclasses FusedSAM and would find the class's None
+        # before the instance's value.
+        state = {**dict.fromkeys(UNPICKLED), "_lost": (), **state}
+        # A pickle may come from before an option.
+        defaults = {name: parameter.default for name, parameter in self._forms[0].parameters.items()}
+        options = {name: defaults[name] for name in OPTIONS if name in defaults}
+        state["defaults"] = {**GROUP_DEFAULTS, **options, **state["defaults"]}
+        state["_settings"] = {**{name: defaults[name] for name in SETTINGS}, "steps": 0, **state["_settings"]}
+        super().__setstate__(state)
         self._start()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
-        """A copy that shares the scaler and the context, which belong to the training and not to the optimizer."""
+        """A copy that shares what belongs to the training and not to the optimizer."""
         state = copy.deepcopy(self.__getstate__(), memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = {name: getattr(self, name) for name in ("first_pass_context", "grad_scaler", "_lost")}
+        shared = {name: getattr(self, name) for name in (*UNPICKLED, "_lost")}
         copied.__setstate__({**state, **shared})
         return copied
 

@@ -35,6 +35,9 @@ from tests.scaled import (
     two_calls,
 )
 
+OVERFLOWS = {2: plant(0), 3: plant(2, math.nan), 7: plant(-1)}
+"""Steps whose second gradient is not finite."""
+
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize(("base", "kwargs"), OPTIMIZERS, ids=NAMES)
@@ -51,7 +54,7 @@ def test_training_equals_plain_torch(
     sam.register_step_post_hook(lambda *_: fired.append(1))
     scales = []
     for i, batch in enumerate(batches()):
-        second = {2: plant(0), 3: plant(2, math.nan), 7: plant(-1)}.get(i, nothing)
+        second = OVERFLOWS.get(i, nothing)
         plain.step(batch, plain=(i + 1) % interval != 0, second=second)
         form(sam, model, scaler, batch, second)
         scales.append(scaler.get_scale())
@@ -61,7 +64,8 @@ def test_training_equals_plain_torch(
         assert not leftovers(sam)
         assert not leftovers(sam.base_optimizer)
     assert min(scales) < SCALE < max(scales)  # it did grow and back off
-    assert len(fired) == STEPS
+    # A plain optimizer's hooks see no step that the scaler skips. Those of step(closure) run before it knows.
+    assert len(fired) == (STEPS - len(OVERFLOWS) if form is two_calls else STEPS)
     assert sam.param_groups[0]["sam_step"] == STEPS  # those that the scaler skipped count
 
 

@@ -54,6 +54,7 @@ def test_the_signature_is_the_first_form():
         "closure_passes",
         "start",
         "direction",
+        "process_group",
     ]
     assert list(parameters)[-1] == "base_optimizer_kwargs"
     assert parameters["interval"].annotation is int  # evaluated, not a string

@@ -18,7 +18,8 @@ from tests.scaled import RHO, PlainTorch, batches, make_model, make_scaler, noth
 def test_one_autocast_block_around_the_step_uses_the_perturbed_weights(dtype: torch.dtype, fresh: bool) -> None:
     """autocast caches its casts of w; the second forward must not find them, nor the next step those of w + e_w."""
     model = make_model(torch.float32)
-    sam = FusedSAM(model.parameters(), SGD, rho=1.0, lr=0.1)
+    passes = "one" if fresh else "auto"  # the closure clears
+    sam = FusedSAM(model.parameters(), SGD, rho=1.0, lr=0.1, closure_passes=passes)
     x, y = next(batches(1, torch.float32))
     outputs: list[Tensor] = []
     expected: list[Tensor] = []

@@ -61,7 +61,7 @@ def test_holds_the_base_optimizers_state_and_the_options():
     sam = make(model, rho=torch.tensor(0.3), adaptive=True, interval=2)
     train(model, sam, 3)
     state_dict = saved_and_loaded(sam.state_dict())
-    assert set(state_dict) == {"state", "param_groups"}
+    assert set(state_dict) == {"state", "param_groups", "fastsam_settings"}
     assert set(state_dict["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     (group,) = state_dict["param_groups"]
     assert group["lr"] == 0.01

@@ -242,7 +242,7 @@ def test_a_collected_one_restores_unless_somebody_wrote_since(backend, written):
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
-    with pytest.warns(UserWarning, match="stay so" if written else "are restored"):
+    with pytest.warns(UserWarning, match="stay as written" if written else "are restored"):
         del sam
         gc.collect()
     after = [torch.zeros_like(p) for p in w] if written else w
