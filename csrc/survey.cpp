@@ -2,8 +2,7 @@
 // it tells of a Python tensor without an allocation, where an operator over Tensor[] makes three for each.
 #include "survey.h"
 
-#undef TORCH_TARGET_VERSION  // torch keeps its headers from stable code, but this one is DLPack's, in C
-#include <ATen/dlpack.h>
+#include "dlpack/dlpack.h"  // DLPack 1.3, unchanged: torch has it too, but not for code that uses the stable ABI
 
 #include <algorithm>
 #include <vector>

@@ -9,30 +9,24 @@ divide by (None: `unscale_` did it already).
 from __future__ import annotations
 
 import inspect
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from fastsam.notices import tell_once
 from fastsam.torch_api import found_inf_by, is_unscaled, scale_of
 
 __all__ = [
     "check_first_gradient",
-    "check_second_gradient",
     "clear_scaler_attributes",
     "in_scaler_step",
     "loss_scale",
+    "remember_scaler",
     "step",
     "unscale_for_hooks",
 ]
-
-_UNSCALED_EARLY = (
-    "scaler.unscale_() was called before the second backward: it works once a step, and the second gradients need it "
-    "(the first ones need none). Call it after first_step() and the second backward; leave it out of a closure that "
-    "runs twice. Then scaler.update() and zero_grad() make a new start"
-)
 
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:
@@ -43,20 +37,29 @@ def loss_scale(scaler: GradScaler | None) -> Tensor | None:
 
 def check_first_gradient(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
     """Raises a RuntimeError when the gradients at w were unscaled: the scaler would take the second ones for it too."""
+    scaler = scaler or _stepped_by.get(sam)
     if _is_unscaled(scaler, sam) or _is_unscaled(scaler, base):
-        raise RuntimeError(_UNSCALED_EARLY)
+        raise RuntimeError(
+            "scaler.unscale_() was called before the second backward: it works once a step, and the second gradients "
+            "need it (the first ones need none). Call it after first_step() and the second backward; leave it out of a "
+            "closure that runs twice. Then scaler.update() and zero_grad() make a new start"
+        )
 
 
-def check_second_gradient(sam: Optimizer) -> None:
-    """Warns in scaler.step(sam) where unscale_ was called, but before the second backward.
+_stepped_by: WeakKeyDictionary[Optimizer, GradScaler] = WeakKeyDictionary()
+"""The scaler that an optimizer was stepped by, of which nobody had told it."""
 
-    unscale_ writes to every gradient. Nobody has written to those that a backward has just made.
-    """
-    if not in_scaler_step(sam) or sam.grad_scale is not None:  # type: ignore[attr-defined]
+
+def remember_scaler(sam: Optimizer) -> None:
+    """Finds out, in scaler.step(sam), which scaler it is: so the next `check_first_gradient` can look at it."""
+    if not in_scaler_step(sam) or sam in _stepped_by:
         return
-    grads = [p.grad for group in sam.param_groups for p in group["params"] if p.grad is not None]
-    if grads and all(type(g) is Tensor and g._version == 0 for g in grads):
-        tell_once("unscaled early", f"these gradients seem to carry the loss scale still: {_UNSCALED_EARLY}")
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(scaler := frame.f_locals.get("self"), GradScaler):
+            _stepped_by[sam] = scaler
+            return
+        frame = frame.f_back
 
 
 def in_scaler_step(sam: Optimizer) -> bool:

@@ -342,7 +342,7 @@ class FusedSAM(OptimizerWrapper):
                 with label(f"Optimizer.step#{type(sam).__name__}.step"):
                     pre_hooks, post_hooks = hooks(sam, "step_pre"), hooks(sam, "step_post")
                     if len(args) == 1 and kwargs.get("closure") is None:
-                        amp.check_second_gradient(sam)
+                        amp.remember_scaler(sam)
                         looked_at = overridden or pre_hooks or post_hooks
                         if looked_at and not amp.unscale_for_hooks(sam.grad_scaler, sam, sam.base_optimizer):
                             pre_hooks = post_hooks = ()

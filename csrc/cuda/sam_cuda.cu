@@ -12,7 +12,8 @@
 #include "../arguments.h"
 #include "sam_kernels.cuh"
 
-// Declared by shim.h only where all of torch's CUDA headers are wanted.
+// Declared by shim.h only where all of torch's CUDA headers are wanted. The stable headers give the handle of a stream
+// from torch 2.13 on (Stream::nativeHandle), and this library runs on torch 2.10.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fastsam::cuda {
