@@ -132,7 +132,7 @@ def cuda_obstacle() -> str | None:
     os.environ["CUDA_HOME"] = home
     if not torch.cuda.is_available():  # torch would build for the GPUs that it sees
         newest = "9.0;10.0;12.0+PTX" if version >= (12, 8) else "9.0+PTX"
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"7.5;8.0;{newest}")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;{newest}")  # the kernels are bounded for sm_80 on
     return None
 
 

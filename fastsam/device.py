@@ -15,8 +15,8 @@ TYPE_CODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d"}
 def shared_zeros(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, array[float]]:
     """Zeros, ``[n]``, on a device; and an array of as many, which on a CPU is the same memory.
 
-    Python reads or writes an array in a tenth of a microsecond. A call of torch's takes one or two, and ten where other
-    code ran since the last.
+    Python reads or writes an array in a tenth of a microsecond. A torch call takes one or two microseconds, and ten
+    when other code has run in between and the caches are cold.
     """
     host: array[float] = array(TYPE_CODES[dtype], [0] * n)
     tensor = torch.frombuffer(host, dtype=dtype) if device.type == "cpu" else torch.zeros(n, dtype=dtype, device=device)

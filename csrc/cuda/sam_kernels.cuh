@@ -211,9 +211,9 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
   return before == gridDim.x - 1;
 }
 
-// The sum of squares of a bucket; where `finish`, also norm and scales. A thread sums a chunk in the dtype's arithmetic,
-// and chunks in fp64: equal gradients would otherwise all round in one direction. A block takes `per_block` chunks in a
-// row, the first `longer` blocks one more.
+// The sum of squares of a bucket, sum g^2 (adaptive: sum (|w| * g)^2); where `finish`, also norm and scales. A thread sums
+// a chunk in the dtype's arithmetic, and chunks in fp64: equal gradients would otherwise all round in one direction. A
+// block takes `per_block` chunks in a row, the first `longer` blocks one more.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 5 : 6)  // as many blocks as fit without a spill
     norm_kernel(const Bucket bucket, const int32_t per_block, const int32_t longer, const int32_t* adaptive,
@@ -307,6 +307,7 @@ __device__ __forceinline__ void perturb_chunk(T* w, const T* g, T* backup, int n
     perturb_vectors<ADAPTIVE, false>(w, g, backup, peeled.vectors, finite, scale);
 }
 
+// backup <- w; w <- w + e_w with e_w = g * scale (adaptive: w^2 * g * scale), rounded as climb() in ../sam_math.h.
 // Backwards over the chunks: what norm read last is still in the L2 cache.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const Bucket bucket, const int32_t* adaptive, const A* norm,

@@ -25,8 +25,9 @@ DEVICE: str | None = None
 chunk_size = reference.chunk_size
 
 ROW = 512
-"""Elements whose norm is taken in fp32, at the most, by one thread, and norms of which a norm is taken: few enough for
-6e-7 in all, where all are equal too; the same bits whatever the number of threads. What is left is summed in fp64."""
+"""Length of a row. torch takes the norm of a row of at most 512 elements in fp32, then of 512 such norms; the rest is
+summed in fp64. The error stays below 6e-7 even when all elements are equal, and the bits do not depend on the number of
+threads."""
 
 CPU_BLOCK, BLOCK = 2**21, 2**26
 """Bytes of a block's parameters: on a CPU what stays in its cache, elsewhere what makes launches few."""
@@ -35,7 +36,7 @@ CPU_SMALL = 2**14
 """Parameters of at most as many elements are gathered for the norm: a call for each would take longer."""
 
 GRAIN = 2**15 - 1
-"""Elements, fewer than torch shares between threads: for them torch.cat takes no detour."""
+"""Elements, just below the size from which torch uses several threads: torch.cat is fastest there."""
 
 VECTOR, MANY = 2**11, 8
 """Parameters of one dimension and at most as many elements, where they are not few, are copied by torch.cat, `GRAIN`
@@ -101,7 +102,7 @@ class _Block:
     def read(self, plan: _Plan, index: int, tensors: list[Tensor]) -> Tensor:
         """The elements of tensors like `weights`, one after the other, in the dtype of the arithmetic, ``[numel]``.
 
-        They themselves, where they lie so; else a copy in a buffer of the plan's.
+        No copy if there is one tensor of that dtype; else a copy in the plan's buffer.
         """
         if len(tensors) == 1 and tensors[0].dtype is plan.wide:
             return _flat(tensors[0])

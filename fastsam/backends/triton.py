@@ -90,6 +90,7 @@ def _edge(head, body):
 
 @triton.jit
 def _square_tile(g_ptr, w_ptr, o, inside, inside_w, adaptive, ADAPTIVE: tl.constexpr, REAL: tl.constexpr):
+    """g^2; adaptive: (|w| * g)^2."""
     t = tl.load(g_ptr + o, mask=inside, other=0.0).to(REAL)
     if ADAPTIVE:
         w = tl.load(w_ptr + o, mask=inside_w, other=0.0).to(REAL)
@@ -112,7 +113,7 @@ def _square_body(
 
 @triton.jit
 def _write_scale(square_sum, rho, epsilon, n_groups, norm, scale):
-    """norm and scale from the sum of all squares, each operation rounded as torch's."""
+    """norm = sqrt(sum of squares); scale = (1 / (norm + epsilon)) * rho; each operation rounded as torch's."""
     REAL: tl.constexpr = scale.dtype.element_ty  # not norm: Triton 3.2 would take it for the function below
     total = tl.sqrt(square_sum).to(REAL)  # the root in fp64: correctly rounded
     tl.store(norm, total)
@@ -210,6 +211,7 @@ def _combine(square_sums, n_buckets, rho, epsilon, n_groups, norm, scale):
 
 @triton.jit
 def _perturb_tile(w_ptr, g_ptr, b_ptr, o, inside, written, scale, adaptive, ADAPTIVE: tl.constexpr, REAL: tl.constexpr):
+    """backup <- w; w <- w + e_w with e_w = g * scale; adaptive: e_w = w^2 * g * scale."""
     g = tl.load(g_ptr + o, mask=inside, eviction_policy="evict_first")
     saved = tl.load(w_ptr + o, mask=inside)
     tl.store(b_ptr + o, saved, mask=inside, eviction_policy="evict_first")
@@ -281,6 +283,7 @@ def _perturb(
 
 @triton.jit
 def _restore_tile(w_ptr, b_ptr, o, inside):
+    """w <- backup."""
     tl.store(w_ptr + o, tl.load(b_ptr + o, mask=inside, eviction_policy="evict_first"), mask=inside)
 
 
