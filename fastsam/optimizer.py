@@ -305,6 +305,7 @@ class FusedSAM(OptimizerWrapper):
                 used in a way that can't work.
             Exception: whatever the closure raises, after w is restored bit for bit.
         """
+        # Every call comes by `profile_hook_step`, which runs the hooks and restores w after a failure.
         state = self._state
         self._complete_groups()
         if closure is None and not state.perturbed and state.between is None and is_state_initialisation(self):
@@ -341,7 +342,7 @@ class FusedSAM(OptimizerWrapper):
             try:
                 with label(f"Optimizer.step#{type(sam).__name__}.step"):
                     pre_hooks, post_hooks = hooks(sam, "step_pre"), hooks(sam, "step_post")
-                    if len(args) == 1 and kwargs.get("closure") is None:
+                    if (args[1] if len(args) > 1 else kwargs.get("closure")) is None:
                         amp.remember_scaler(sam)
                         looked_at = overridden or pre_hooks or post_hooks
                         if looked_at and not amp.unscale_for_hooks(sam.grad_scaler, sam, sam.base_optimizer):
