@@ -1,12 +1,12 @@
-"""SAM's formulas as the paper has them, apart from the package under test, and comparison by bits."""
+"""SAM as the paper has it, apart from the package under test: its formulas, whole trainings, and comparison by bits."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -64,3 +64,77 @@ def assert_perturbed(backend: str, actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual.detach(), expected)
     else:
         torch.testing.assert_close(actual.detach(), expected, rtol=2**-7, atol=1e-6)
+
+
+class PlainSAM:
+    """Sharpness-aware minimization in plain torch around an optimizer of torch's, for whole trainings.
+
+    The norm is taken in fp64. rho, epsilon and adaptive of a param group win over those given here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        rho: float,
+        adaptive: bool = False,
+        *,
+        epsilon: float = 1e-12,
+        interval: int = 1,
+        start: int = 0,
+        direction: str = "gradient",
+    ) -> None:
+        self.params = list(model.parameters())
+        self.base = base
+        own = {"rho": rho, "adaptive": adaptive, "epsilon": epsilon}
+        groups = {p: group for group in base.param_groups for p in group["params"]}
+        self.options = [{key: groups[p].get(key, value) for key, value in own.items()} for p in self.params]
+        self.interval, self.start, self.direction = interval, start, direction
+        self.steps = 0
+
+    @property
+    def is_sam_step(self) -> bool:
+        along_nothing = self.direction == "momentum" and not self.base.state
+        return self.steps >= self.start and (self.steps + 1) % self.interval == 0 and not along_nothing
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
+
+    def momenta(self) -> list[Tensor]:
+        """v of the base optimizer: SGD's or Adam's."""
+        states = [self.base.state[p] for p in self.params]
+        return [state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"] for state in states]
+
+    @torch.no_grad()
+    def climb(self, directions: list[Tensor]) -> list[Tensor]:
+        """w <- w + e_w; gives w as it was."""
+        saved = copies(self.params)
+        moves = list(zip(self.params, directions, self.options, strict=True))
+        squares = [(w.abs() * d if o["adaptive"] else d).double().square().sum() for w, d, o in moves]
+        self.norm = torch.stack(squares).sum().sqrt()
+        for w, d, o in moves:
+            w += (w.square() if o["adaptive"] else 1) * d * o["rho"] / (self.norm + o["epsilon"])
+        return saved
+
+    def gradients_above(self, loss: Callable[[], Tensor], ascent: list[Tensor] | None = None) -> list[Tensor]:
+        """The gradients at w + e_w; w is as before. `ascent`: what to climb along, where it is not the direction."""
+        if ascent is None:
+            along_gradient = self.direction == "gradient"
+            ascent = self.gradients(loss()) if along_gradient else [-v for v in self.momenta()]
+        saved = self.climb(ascent)
+        gradients = self.gradients(loss())
+        with torch.no_grad():
+            for w, before in zip(self.params, saved, strict=True):
+                w.copy_(before)
+        return gradients
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """The base optimizer's, at w."""
+        for p, g in zip(self.params, gradients, strict=True):
+            p.grad = g
+        self.base.step()
+        self.steps += 1
+
+    def train(self, loss: Callable[[], Tensor]) -> None:
+        """A step, with an ascent where interval, start and direction want one."""
+        self.step(self.gradients_above(loss) if self.is_sam_step else self.gradients(loss()))

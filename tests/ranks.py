@@ -1,9 +1,12 @@
 """Runs checks on several ranks: real processes, joined by gloo, started once for each world size and kept."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-TIMEOUT = 60.0
+TIMEOUT = 300.0
 """Seconds for one check, and for starting the processes: what takes longer hangs, and is ended."""
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +100,55 @@ def torchrun(example: str, *args: str) -> dict[str, str]:
             process.terminate()  # torchrun then ends its workers; killed, it would leave them running
             out, err = process.communicate()
     assert process.returncode == 0, err
-    return dict(re.findall(r"^(.*): (.*)$", out, flags=re.MULTILINE))
+    return printed(out)
+
+
+def launch(example: str, *args: str) -> dict[str, str]:
+    """As `torchrun`, in processes that need not import torch; one example is run by torchrun itself (test_ddp.py)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        files = [Path(folder, str(rank)) for rank in range(2)]
+        processes = [
+            context.Process(target=_run_example, args=(rank, port, example, args, file), daemon=True)
+            for rank, file in enumerate(files)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT
+        waiting = {process.sentinel: process for process in processes}
+        failed = False
+        while waiting and not failed:  # of one that failed, the other waits in vain
+            ready = multiprocessing.connection.wait(waiting, max(deadline - time.monotonic(), 0))
+            failed = not ready or any(waiting.pop(sentinel).exitcode != 0 for sentinel in ready)
+        for process in processes:
+            process.kill()
+            process.join()
+        texts = [file.read_text() for file in files]
+    assert not failed, "\n".join(texts)
+    return printed(texts[0])
+
+
+def printed(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^(.*): (.*)$", text, flags=re.MULTILINE))
+
+
+def _run_example(rank: int, port: int, example: str, args: tuple[str, ...], file: Path) -> None:
+    """In a process of its own: the example's file, with the environment that torchrun sets."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": LOOPBACK})
+    torch.set_num_threads(1)
+    sys.argv = [example, *args]
+    sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script
+    with file.open("w", buffering=1) as output, contextlib.redirect_stdout(output):
+        try:
+            runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+        except BaseException:
+            traceback.print_exc(file=output)
+            raise
 
 
 def _serve(rank: int, world_size: int, store: Path, pipe: multiprocessing.connection.Connection) -> None:
@@ -118,39 +169,6 @@ def _serve(rank: int, world_size: int, store: Path, pipe: multiprocessing.connec
             pipe.send((None, check(*args)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
-
-
-class PlainSAM:
-    """Sharpness-aware minimization in a few lines of torch, in one process: the oracle."""
-
-    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float, adaptive: bool = False) -> None:
-        self.params = list(model.parameters())
-        self.base = base
-        self.rho = rho
-        self.adaptive = adaptive
-
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
-
-    def gradients_above(self, loss: Callable[[], Tensor]) -> list[Tensor]:
-        """The gradients at w + e_w; w is as before."""
-        saved = [p.detach().clone() for p in self.params]
-        pairs = list(zip(self.params, self.gradients(loss()), strict=True))
-        with torch.no_grad():
-            terms = flat([w.abs() * g if self.adaptive else g for w, g in pairs])
-            self.norm = terms.double().square().sum().sqrt()
-            for w, g in pairs:
-                w += (w.square() if self.adaptive else 1) * g * self.rho / self.norm
-        gradients = self.gradients(loss())
-        with torch.no_grad():
-            for w, before in zip(self.params, saved, strict=True):
-                w.copy_(before)
-        return gradients
-
-    def step(self, gradients: list[Tensor]) -> None:
-        for p, g in zip(self.params, gradients, strict=True):
-            p.grad = g
-        self.base.step()
 
 
 def flat(tensors: list[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FusedSAM
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
+from tests.oracle import PlainSAM
+from tests.ranks import assert_same_bits, flat, on_ranks, torchrun
 
 RHO = 0.1
 BASES = {

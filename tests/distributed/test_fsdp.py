@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fastsam import FusedSAM
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
+from tests.oracle import PlainSAM
+from tests.ranks import assert_same_bits, flat, launch, on_ranks
 
 RHO = 0.1
 BASES = {
@@ -647,6 +648,6 @@ def test_checkpoint_of_4_ranks_resumes_on_4_and_on_2_between_sam_steps(base, fla
 
 
 def test_example_learns_and_resumes(tmp_path):
-    printed = torchrun("train_fsdp2.py", str(tmp_path))
+    printed = launch("train_fsdp2.py", str(tmp_path))
     assert printed["steps"] == str(8 * 15)
     assert float(printed["accuracy"]) > 0.85

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from examples import train_accelerate
 from fastsam import FusedSAM
 from tests.frameworks.huggingface import fresh_state, launched, scale_losses
-from tests.oracle import copies, same_bits
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks, torchrun
+from tests.oracle import PlainSAM, copies, same_bits
+from tests.ranks import assert_same_bits, flat, launch, on_ranks
 from tests.scaled import make_scaler
 
 RHO, LR, CLIP, GAMMA = 0.1, 0.1, 1.0, 0.9
@@ -81,7 +81,7 @@ def train_by_hand(
     """SAM around SGD in plain torch; a step is a list of micro-batches, their losses are summed and divided."""
     model = make_model(dtype)
     base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    sam = PlainSAM(model, base, RHO)
+    sam = PlainSAM(model, base, RHO, interval=interval, start=start)
     for k, step in enumerate(steps):
 
         def loss(step: list[Batch] = step) -> Tensor:
@@ -92,8 +92,7 @@ def train_by_hand(
                 total = total + nn.functional.cross_entropy(logits.to(dtype), y)
             return total / divisor
 
-        is_sam_step = k >= start and (k + 1) % interval == 0
-        gradients = sam.gradients_above(loss) if is_sam_step else sam.gradients(loss())
+        gradients = sam.gradients_above(loss) if sam.is_sam_step else sam.gradients(loss())
         base.param_groups[0]["lr"] = LR * GAMMA ** (k * ranks)
         norm = flat(gradients).norm()
         sam.step([g * (clip / (norm + 1e-6)).clamp(max=1) for g in gradients])
@@ -394,7 +393,7 @@ def test_the_example_alone(mixed_precision: str) -> None:
 
 
 def test_the_example_on_two_ranks() -> None:
-    values = torchrun("train_accelerate.py")
+    values = launch("train_accelerate.py")
     assert float(values["accuracy"]) > 0.8
     assert values["replicas equal to the bit"] == "True"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.oracle import copies, same_bits
-from tests.ranks import assert_same_bits, flat, on_ranks, torchrun
+from tests.ranks import assert_same_bits, flat, launch, on_ranks
 
 CHANCE = 0.1
 TOL = 1e-5
@@ -316,4 +316,4 @@ def test_resuming_two_processes_equals_not_stopping(tmp_path: Path) -> None:
 
 def test_learns_on_two_processes() -> None:
     flags = "--device cpu --sam --rho 0.1 --lr 0.1 --batch-size 25 --epochs 5 --clip-grad-norm 5"
-    check_accuracies(torchrun("train_classic.py", *flags.split()))
+    check_accuracies(launch("train_classic.py", *flags.split()))

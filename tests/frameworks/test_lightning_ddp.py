@@ -30,7 +30,8 @@ from tests.frameworks.trainer import (
     fit,
     samples,
 )
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks
+from tests.oracle import PlainSAM
+from tests.ranks import assert_same_bits, flat, on_ranks
 
 KINDS = {"automatic": Module, "mixin": MixedModule, "manual": Manual}
 

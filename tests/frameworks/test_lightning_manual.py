@@ -33,8 +33,8 @@ from tests.frameworks.trainer import (
     plain,
     trainer,
 )
-from tests.oracle import same_bits
-from tests.ranks import PlainSAM, flat
+from tests.oracle import PlainSAM, same_bits
+from tests.ranks import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning")
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastsam import FusedSAM
 from fastsam.lightning import SAMMixin
-from tests.ranks import PlainSAM, flat
+from tests.oracle import PlainSAM
+from tests.ranks import flat
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -174,27 +175,20 @@ def momentum_by_hand(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The weights after every step of Momentum-SAM in plain torch, and the losses at w + e_w; as `plain`."""
     layers = copy.deepcopy(module.layers)
-    params = list(layers.parameters())
-    base = module.base(params)
+    base = module.base(layers.parameters())
+    sam = PlainSAM(layers, base, RHO, start=start, direction="momentum")
     weights, losses = [], []
-    for step, (x, y) in enumerate(list(loader()) * EPOCHS):
-        w = [p.detach().clone() for p in params]
-        if step >= max(start, 1):
-            v = [base.state[p]["momentum_buffer"] for p in params]
-            norm = flat(v).norm()
-            with torch.no_grad():
-                for p, t in zip(params, v, strict=True):
-                    p.sub_(RHO / norm * t)
-        with autocast():
-            loss = nn.functional.cross_entropy(layers(x), y)
-        gradients = list(torch.autograd.grad(loss, params))
+    for x, y in list(loader()) * EPOCHS:
+
+        def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
+            with autocast():
+                value = nn.functional.cross_entropy(layers(x), y)
+            losses.append(value.detach())
+            return value
+
+        gradients = sam.gradients_above(loss) if sam.is_sam_step else sam.gradients(loss())
         if clip is not None:
             clip(gradients)
-        with torch.no_grad():
-            for p, t, g in zip(params, w, gradients, strict=True):
-                p.copy_(t)
-                p.grad = g
-        base.step()
-        losses.append(loss.detach())
-        weights.append(flat(params))
+        sam.step(gradients)
+        weights.append(flat(sam.params))
     return weights, losses

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsam import FusedSAM
-from tests.oracle import copies, same_bits
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks
+from tests.oracle import PlainSAM, copies, same_bits
+from tests.ranks import assert_same_bits, flat, on_ranks
 
 DEVICE = "cuda"
 GROUP = "cpu:gloo,cuda:nccl"

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from fastsam import FusedSAM, notices
-from tests.oracle import copies, same_bits
+from tests.oracle import PlainSAM, copies, same_bits
+
+BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
 
 RHO, LR, MOMENTUM, STEPS = 0.5, 0.1, 0.9, 5
 
@@ -31,8 +33,11 @@ class Task:
         self.batches = [torch.randn(5, 4, dtype=torch.float64) for _ in range(2 * STEPS)]
         self.base = torch.optim.SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM)
 
+    def loss(self, i):
+        return self.model(self.batches[i]).pow(2).mean()
+
     def backward(self, i, scale=1.0):
-        loss = self.model(self.batches[i]).pow(2).mean() * scale
+        loss = self.loss(i) * scale
         loss.backward()
         return loss
 
@@ -50,42 +55,24 @@ class Task:
         return run
 
 
-class ByHand:
-    """SAM around SGD with momentum, in a few lines of plain PyTorch."""
+class ByHand(PlainSAM):
+    """The same task, trained by the oracle."""
 
     def __init__(self):
         self.task = Task()
-        self.params = list(self.task.model.parameters())
-        self.buffers = [torch.zeros_like(p) for p in self.params]
+        super().__init__(self.task.model, self.task.base, RHO)
 
     def gradient(self, i, scale=1.0):
-        return torch.autograd.grad(self.task.model(self.task.batches[i]).pow(2).mean() * scale, self.params)
-
-    @torch.no_grad()
-    def descend(self, grads):
-        for p, g, v in zip(self.params, grads, self.buffers, strict=True):
-            v.mul_(MOMENTUM).add_(g)
-            p.sub_(LR * v)
+        return self.gradients(self.task.loss(i) * scale)
 
     def sam_step(self, i, ascent=None):
         """`ascent`: the gradients to climb by; None computes them. Returns those that the step was made with."""
-        w = copies(self.params)
-        ascent = self.gradient(i) if ascent is None else ascent
-        norm = sum(float(g.square().sum()) for g in ascent) ** 0.5
-        with torch.no_grad():
-            for p, g in zip(self.params, ascent, strict=True):
-                p.add_(g * (RHO / norm))
-        grads = self.gradient(i)
-        with torch.no_grad():
-            for p, saved in zip(self.params, w, strict=True):
-                p.copy_(saved)
-        self.descend(grads)
+        grads = self.gradients_above(lambda: self.task.loss(i), ascent)
+        self.step(grads)
         return grads
 
     def plain_step(self, i):
-        grads = self.gradient(i)
-        self.descend(grads)
-        return grads
+        self.step(self.gradient(i))
 
 
 def wrap(task, backend, passes, **options):

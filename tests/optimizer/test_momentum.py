@@ -13,8 +13,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastsam import FusedSAM, notices
-from tests.oracle import copies, same_bits
+from tests.oracle import PlainSAM, copies, same_bits
 from tests.scaled import make_scaler
+
+BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
 
 STEPS, RHO, LR = 6, 0.3, 0.1
 BASES = {
@@ -63,32 +65,17 @@ def closure(model, sam, i):
 FORMS = [two_calls, closure]
 
 
-class ByHand:
-    """Momentum-SAM in plain torch around an optimizer of torch's: w~ = w - rho v / (||v|| + epsilon)."""
+class ByHand(PlainSAM):
+    """The same model, trained by the oracle."""
 
-    def __init__(self, base="sgd", adaptive=False, rho=RHO):
+    def __init__(self, base="sgd", **options):
         self.model, _ = make(base=base)
         optimizer, own = BASES[base]
-        self.params = list(self.model.parameters())
-        self.base = optimizer(self.params, lr=LR, **own)
-        self.adaptive, self.rho = adaptive, rho
+        params = self.model.parameters()
+        super().__init__(self.model, optimizer(params, lr=LR, **own), RHO, direction="momentum", **options)
 
-    def step(self, i, is_sam):
-        w = copies(self.params)
-        if is_sam:
-            state = [self.base.state[p] for p in self.params]
-            v = [s["momentum_buffer"] if "momentum_buffer" in s else s["exp_avg"] for s in state]
-            scaled = [a.abs() * b if self.adaptive else b for a, b in zip(w, v, strict=True)]
-            norm = sum(float(t.square().sum()) for t in scaled) ** 0.5
-            with torch.no_grad():
-                for p, a, b in zip(self.params, w, v, strict=True):
-                    p.sub_(self.rho / (norm + 1e-12) * (a.square() * b if self.adaptive else b))
-        self.base.zero_grad()
-        loss_of(self.model, i).backward()
-        with torch.no_grad():
-            for p, saved in zip(self.params, w, strict=True):
-                p.copy_(saved)
-        self.base.step()
+    def train(self, i):
+        super().train(lambda: loss_of(self.model, i))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -96,13 +83,13 @@ class ByHand:
 @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"interval": 2}, {"start": 3}], ids=str)
 def test_against_the_method_by_hand(backend, form, base, options):
     model, sam = make(backend, base, **options)
-    hand = ByHand(base, options.get("adaptive", False))
+    hand = ByHand(base, **options)
     for k in range(STEPS):
         # The first step has no momentum to go by.
         is_sam = k >= max(1, options.get("start", 0)) and (k + 1) % options.get("interval", 1) == 0
         assert sam.ascending is False
         assert form(model, sam, k) is is_sam
-        hand.step(k, is_sam)
+        hand.train(k)
         torch.testing.assert_close(copies(model.parameters()), copies(hand.params), rtol=1e-9, atol=1e-12)
 
 
@@ -249,7 +236,7 @@ def test_with_a_grad_scaler(form):
                 sam.second_step()
             sam.zero_grad()
         scaler.update()
-        hand.step(k, k > 0)
+        hand.train(k)
         torch.testing.assert_close(copies(model.parameters()), copies(hand.params), rtol=1e-9, atol=1e-12)
     v = [sam.state[p]["momentum_buffer"] for p in model.parameters()]
     assert sam.first_step()
@@ -397,7 +384,7 @@ def test_a_gradient_at_w_is_told(monkeypatch, form):
     model, sam = make()
     form(model, sam, 0)
     hand = ByHand()
-    hand.step(0, False)
+    hand.train(0)
     loss_of(model, 7).backward()
     with pytest.warns(UserWarning, match="needs no gradient at w"):
         if form is two_calls:
@@ -406,7 +393,7 @@ def test_a_gradient_at_w_is_told(monkeypatch, form):
             sam.second_step(zero_grad=True)
         else:
             sam.step(lambda: loss_of(model, 1).backward())
-    hand.step(1, True)
+    hand.train(1)
     torch.testing.assert_close(copies(model.parameters()), copies(hand.params))
 
 
