@@ -32,8 +32,9 @@ GPU_PYTHON ?= python3
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+# A file to a process, which keeps its ranks and wheels; in the order of tests/conftest.py, the slow ones first.
 test: setup
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	$(VENV)/bin/python -m fastsam.demo

@@ -69,15 +69,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no GPU")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: while one process is busy with the last of them, there is something left for the others."""
+    slow = ["test_triton.py", "package", "frameworks", "distributed"]
+    items.sort(key=lambda item: min((i for i, name in enumerate(slow) if name in item.path.parts), default=len(slow)))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` stands for every backend that serves CPU tensors, Triton's by its interpreter where that is on.
 
-    A module with `INTERPRETED = False` has no use for the interpreter.
+    A module, or a test by its own parametrize, may choose: a module of the first kind names its `BACKENDS`.
     """
-    if "backend" in metafunc.fixturenames:
-        names = ["reference", "foreach", "cpp"]
-        if os.environ.get("TRITON_INTERPRET") == "1" and getattr(metafunc.module, "INTERPRETED", True):
-            names.append("triton")
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" in metafunc.fixturenames and not any("backend" in mark.args[0] for mark in marks):
+        interpreted = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+        names = getattr(metafunc.module, "BACKENDS", ["reference", "foreach", "cpp", *interpreted])
         metafunc.parametrize("backend", names, indirect=True)
 
 

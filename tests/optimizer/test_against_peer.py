@@ -102,7 +102,11 @@ FORMS = {"two_calls": train_two_calls, "closure": train_closure, "closure_after_
 
 
 @each_rule
-@each_base
+@pytest.mark.parametrize(
+    ("backend", "base"),
+    [("reference", "sgd"), ("foreach", "sgd"), *(("cpp", base) for base in BASES)],  # no base knows of the backend
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_trajectories_agree(backend, dtype, form, base, adaptive):

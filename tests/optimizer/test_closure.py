@@ -9,6 +9,8 @@ from torch import nn
 from fastsam import FusedSAM
 from tests.oracle import same_bits
 
+BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
+
 
 class Problem:
     """A loss whose gradient differs at w and at w + e_w, a plain twin of the base optimizer, and a log of passes."""

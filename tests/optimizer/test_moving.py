@@ -7,6 +7,8 @@ from torch import nn
 from fastsam import FusedSAM
 from tests.oracle import assert_perturbed, copies, norm64, perturbed, same_bits
 
+BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
+
 pytestmark = pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
 
 RHO = 0.5
