@@ -126,7 +126,7 @@ def launch(example: str, *args: str) -> dict[str, str]:
         for process in processes:
             process.kill()
             process.join()
-        texts = [file.read_text() for file in files]
+        texts = [file.read_text() if file.exists() else f"{file.name} did not start" for file in files]
     assert not failed, "\n".join(texts)
     return printed(texts[0])
 
