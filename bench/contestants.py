@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsam
-from fastsam import survey
+from fastsam import places
 
 EPSILON = 1e-12
 FASTSAM = "fastsam-"
@@ -96,7 +96,7 @@ class FastsamForeach(Fastsam):
 
     def perturb(self) -> None:
         # What looks at them is chosen in the first step.
-        with nullcontext() if self.laid_out else mock.patch.object(survey, "native", return_value=None):
+        with nullcontext() if self.laid_out else mock.patch.object(places, "native", return_value=None):
             self.sam.first_step()
         self.laid_out = True
 

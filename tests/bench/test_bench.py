@@ -20,7 +20,7 @@ from bench.contestants import CONTESTANTS, Contestant, EmptyBase, ForeachKept
 from bench.inputs import Inputs, Setting, Turn, check, set_gradients
 from bench.measures import allocations
 from bench.plan import SLOW_START
-from fastsam import survey
+from fastsam import places
 
 CPU = torch.device("cpu")
 CASE = Case("few", "few", "small", ((7, 5), (), (0,), (129,), (3, 2, 2)))
@@ -351,7 +351,7 @@ def test_foreach_is_measured_without_the_native_library() -> None:
     usual = fastsam.FusedSAM(params, EmptyBase, backend="foreach")
     usual.first_step()
     usual.restore()
-    for sam, expected in ((by_python.sam, None), (usual, survey.native())):
+    for sam, expected in ((by_python.sam, None), (usual, places.native())):
         [(_, bucket)] = sam._state.perturbation.buckets
         assert bucket._places._library is expected
 
