@@ -1,6 +1,7 @@
 # Each target sets up what it needs, from a fresh clone on; wanted beforehand: Python >= 3.10, a C++20 compiler, make.
 #   make test    all tests            make demo    SGD and SAM side by side, with a picture
 #   make check   ruff, mypy           make bench   the benchmarks
+#   make fuzz    what users do, in any order, against plain PyTorch: random calls for an hour, or FASTSAM_FUZZ_MINUTES
 #   make docs    the pages, into site/   make bench-accuracy   test accuracy of the demo's methods on two data sets
 #   make clean   back to the sources
 #   make gpu-check           on a machine with a CUDA GPU: tests/gpu/check.py, all parts, in the environment $(GPU_PYTHON)
@@ -26,7 +27,9 @@ COMPOSER := mosaicml==0.32.1
 # An interpreter whose torch is built for CUDA, with fastsam's test and dev extras, triton and rich: make installs nothing here.
 GPU_PYTHON ?= python3
 
-.PHONY: help test demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
+FASTSAM_FUZZ_MINUTES ?= 60
+
+.PHONY: help test fuzz demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +38,9 @@ help:
 # A file to a process, which keeps its ranks and wheels; in the order of tests/conftest.py, the slow ones first.
 test: setup
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+fuzz: setup
+	FASTSAM_FUZZ_MINUTES=$(FASTSAM_FUZZ_MINUTES) $(VENV)/bin/python -m pytest -q -p no:xdist tests/optimizer/test_meetings.py
 
 demo: setup
 	$(VENV)/bin/python -m fastsam.demo

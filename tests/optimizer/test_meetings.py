@@ -1,0 +1,664 @@
+"""What users do, in any order: FusedSAM equals plain PyTorch, or an error was raised and nothing changed.
+
+Every action is done twice: to a model with one or two FusedSAMs, and to its twin, whose SAM is tests/plain_sam.py.
+`make fuzz` goes on for an hour.
+"""
+
+import copy
+import gc
+import os
+import pickle
+import time
+import traceback
+import warnings
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastsam import FusedSAM, notices, places
+from tests.oracle import same_bits
+from tests.plain_sam import Company, PlainBase, PlainSAM
+
+INTERPRETED = False
+MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+
+
+class Net(nn.Module):
+    """Two heads on a square trunk, and a layer that no optimizer has at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.left, self.right, self.spare = (
+            nn.Linear(3, 3),
+            nn.Linear(3, 2),
+            nn.Linear(3, 2),
+            nn.Linear(3, 2),
+        )
+
+    def loss(self, seed, part):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)
+        z = torch.tanh(self.trunk(x.to(self.trunk.weight.dtype)))
+        heads = {"left": [self.left], "right": [self.right], "all": [self.left, self.right, self.spare]}[part]
+        return sum(torch.log1p((head(z) - y.to(z.dtype)) ** 2).mean() for head in heads)
+
+
+class Odd(Tensor):
+    """Values that are kept in another tensor: there is no memory at data_ptr()."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return Tensor._make_wrapper_subclass(cls, values.shape, strides=values.stride(), dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def plain(t):
+            return t.values if isinstance(t, Odd) else t
+
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+        if func._schema.name.endswith("_") and isinstance(args[0], Odd):
+            return args[0]
+        keeps = func._schema.name in ("aten::detach", "aten::alias", "aten::clone")
+        return Odd(out) if keeps and isinstance(args[0], Odd) else out
+
+
+class Boom(Exception):
+    """What a user's closure raises."""
+
+
+def clip(optimizer, args, kwargs):
+    """A step hook that a wrong scale of the gradients shows in."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if type(p.grad) is not Odd]
+    nn.utils.clip_grad_norm_(params, 0.3)
+
+
+BASES = {
+    "sgd": partial(torch.optim.SGD, lr=0.2),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.8, weight_decay=0.01),
+    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.8, nesterov=True),
+    "adamw": partial(torch.optim.AdamW, lr=0.05),
+}
+MEMBERS = {
+    "whole": ("trunk", "left", "right"),
+    "left": ("trunk", "left"),
+    "right": ("trunk", "right"),
+    "head": ("right",),
+}
+
+
+class World:
+    """A model, its optimizers, and what users do to them."""
+
+    def __init__(self, bases):
+        torch.manual_seed(0)
+        self.model = Net().double()
+        self.saved = {}
+        self.bases = [self.make_base(*spec) for spec in bases]
+        self.sams = []
+
+    def groups(self, member, maximize, split):
+        layers = [getattr(self.model, name) for name in MEMBERS[member]]
+        if split and len(layers) > 1:
+            return [
+                {"params": list(layers[0].parameters()), "maximize": maximize},
+                {"params": [p for layer in layers[1:] for p in layer.parameters()], "lr": 0.07},
+            ]
+        return [{"params": [p for layer in layers for p in layer.parameters()], "maximize": maximize}]
+
+    def backward(self, seed, part, odd=False, scale=lambda loss: loss):
+        scale(self.model.loss(seed, part)).backward()
+        if odd:
+            p = self.model.trunk.weight
+            p.grad = Odd(p.grad) if type(p.grad) is Tensor else p.grad
+
+    def closure(self, sam, seed, part, clear, mischief, scale=lambda loss: loss):
+        calls = []
+
+        def closure():
+            calls.append(None)
+            self.clear(sam, clear)
+            if mischief == ("raise", len(calls)):
+                raise Boom
+            loss = self.model.loss(seed, part)
+            scale(loss).backward()
+            if mischief == ("raise late", len(calls)):
+                raise Boom
+            if mischief == ("restore", len(calls)):
+                sam.restore()
+            return loss
+
+        return closure
+
+    def clear(self, sam, how):
+        who, to = how
+        if who != "nobody":
+            {"sam": sam, "base": sam.base_optimizer, "model": self.model}[who].zero_grad(set_to_none=to == "none")
+
+    def whole_step(self, sam, seed, form):
+        """A right loop, which hears no warning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "grad and param do not obey")  # of torch, once in a process
+            warnings.filterwarnings("ignore", ".*(no momentum yet|found no gradient)")  # true, where all is frozen
+            notices.told.clear()
+            sam.zero_grad()
+            loss = None
+            if form == "closure":
+                loss = sam.step(self.closure(sam, seed, "all", ("sam", "none"), None))
+            elif form == "calls":
+                self.passes(sam, seed)
+                sam.second_step(zero_grad=True)
+            else:
+                self.passes(sam, seed)
+                sam.restore()
+                sam.base_optimizer.step()
+                sam.zero_grad()
+            return loss
+
+    def passes(self, sam, seed, scale=lambda loss: loss):
+        """What comes before the end of a step in two calls."""
+        if sam.direction == "momentum":
+            sam.first_step()
+            self.backward(seed, "all", scale=scale)
+            return
+        self.backward(seed, "all", scale=scale)
+        if sam.first_step(zero_grad=True):
+            self.backward(seed, "all", scale=scale)
+
+    def scaled_step(self, sam, seed, form, infinite):
+        """A step under a GradScaler, one of whose backwards overflows."""
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        calls = []
+
+        def scale(loss):
+            calls.append(None)
+            return scaler.scale(loss) * (float("inf") if len(calls) == infinite else 1.0)
+
+        sam.zero_grad()
+        loss = None
+        if form == "closure":
+            sam.grad_scaler = scaler
+            try:
+                loss = sam.step(self.closure(sam, seed, "all", ("sam", "none"), None, scale))
+            finally:
+                sam.grad_scaler = None
+        else:
+            self.passes(sam, seed, scale)
+            self.end_scaled(sam, scaler)
+        scaler.update()
+        sam.zero_grad()
+        return loss
+
+    def save(self, what, base):
+        made = {"model": self.model, "base": base, "sam": next(iter(self.around(base)), base)}[what].state_dict()
+        self.saved[what == "model"] = copy.deepcopy(made)
+
+    def load(self, what, base):
+        state = copy.deepcopy(self.saved[what == "model"])
+        {"model": self.model, "base": base, "sam": next(iter(self.around(base)), base)}[what].load_state_dict(state)
+
+    def around(self, base):
+        return [sam for sam in self.sams if sam.base_optimizer is base]
+
+    def copy(self, how, keep):
+        whole = (self.model, self.bases, self.sams)
+        made = copy.deepcopy(whole) if how == "deepcopy" else pickle.loads(pickle.dumps(whole))
+        if keep == "copy":
+            self.model, self.bases, self.sams = made
+            self.copied()
+            return
+        model, bases, sams = made
+        for i, sam in enumerate(sams):  # what is done to a copy leaves the original alone
+            loss = model.loss(i, "all")
+            loss.backward()
+            sam.zero_grad(set_to_none=bool(i))
+        for base in bases:
+            base.zero_grad()
+
+    def give_groups_again(self, base, how):
+        through = (self.around(base) or [base])[0]
+        kept = [{key: group[key] for key in ("params", "lr", "maximize")} for group in base.param_groups]
+        if how == "assign":
+            through.param_groups = []
+        else:
+            base.param_groups.clear()
+        base.state.clear()
+        for group in kept:
+            (base if how == "base" else through).add_param_group(group)
+        for sam in self.around(base):
+            _ = sam.is_sam_step
+
+    def add_spare(self, owner, maximize):
+        owner.add_param_group({"params": list(self.model.spare.parameters()), "maximize": maximize})
+
+    def freeze(self, layer, frozen):
+        getattr(self.model, layer).requires_grad_(not frozen)
+
+    def move(self, layer, how):
+        p = getattr(self.model, layer).weight
+        if how == "clone":
+            p.data = p.data.clone()
+        elif how == "gaps":
+            p.data = torch.stack([p.data] * 2, dim=-1)[..., 1]
+        elif how == "strides":
+            p.data = p.data.t().contiguous().t()
+        else:
+            p.data = p.data.t()
+
+    def weights(self):
+        return list(self.model.parameters())
+
+
+class Fused(World):
+    """With FusedSAM."""
+
+    def __init__(self, bases, backend):
+        self.backend = backend
+        self.stepped_at = None
+        super().__init__(bases)
+
+    def record(self, *_):
+        if self.stepped_at is None:
+            self.stepped_at = [p.detach().clone() for p in self.weights()]
+
+    def make_base(self, kind, member, maximize, split):
+        base = BASES[kind](self.groups(member, maximize, split))
+        base.register_step_pre_hook(self.record)
+        return base
+
+    def wrap(self, base, hook, flatten, **options):
+        sam = FusedSAM(base, backend=self.backend, flatten_parameters=flatten, **options)
+        if hook:
+            sam.register_step_pre_hook(clip)
+        self.sams.append(sam)
+
+    def drop(self, sam):
+        self.sams.remove(sam)
+        del sam
+
+    def copied(self):
+        for base in self.bases:  # a copy has no hooks
+            base.register_step_pre_hook(self.record)
+
+    def set_rho(self, sam, rho):
+        sam.rho = rho
+
+    def end_scaled(self, sam, scaler):
+        scaler.step(sam)
+
+    def count(self, base):
+        return {group["sam_step"] for group in base.param_groups if "sam_step" in group}
+
+
+class Plain(World):
+    """With the oracle."""
+
+    def __init__(self, bases):
+        self.company = Company()
+        super().__init__(bases)
+
+    def make_base(self, kind, member, maximize, split):
+        return PlainBase(BASES[kind](self.groups(member, maximize, split)))
+
+    def wrap(self, base, hook, flatten, **options):
+        sam = PlainSAM(base, self.company, **options)
+        sam.hook = clip if hook else None
+        self.sams.append(sam)
+
+    def drop(self, sam):
+        self.sams.remove(sam)
+        sam.drop()
+
+    def copy(self, how, keep):
+        for sam in self.sams:
+            sam.require_idle()
+        super().copy(how, keep)
+
+    def copied(self):
+        self.company = Company()
+        self.company.sams = list(self.sams)
+        for sam in self.sams:
+            sam.company, sam.hook, sam.known, sam.announced, sam.examined = self.company, None, {}, None, False
+
+    def clear(self, sam, how):
+        super().clear(sam, how)
+        self.company.cleared |= how not in (("nobody", ""), ("model", "zeros"))
+
+    def set_rho(self, sam, rho):
+        sam.set_rho(rho)
+
+    def end_scaled(self, sam, scaler):
+        sam.scaler_step(scaler)
+
+
+def outcome(action, world):
+    """What an action returns, or the type of the error that it raised, and where; an error itself would keep frames."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return action(world), None, ""
+        except Exception as error:
+            return None, type(error), traceback.format_exc()
+
+
+ORDERLY = (None, RuntimeError, ValueError, TypeError, Boom)
+SEEDS = st.integers(0, 20)
+PARTS = st.sampled_from(["all", "left", "right"])
+CLEAR = st.sampled_from(
+    [
+        ("sam", "none"),
+        ("nobody", ""),
+        ("base", "none"),
+        ("model", "none"),
+        ("sam", "zeros"),
+        ("base", "zeros"),
+        ("model", "zeros"),
+    ]
+)
+MISCHIEF = st.sampled_from(
+    [None, None, None, ("raise", 1), ("raise", 2), ("raise late", 1), ("raise late", 2), ("restore", 1), ("restore", 2)]
+)
+MAYBE = st.sampled_from([False, False, True])
+OPTIONS = st.fixed_dictionaries(
+    {
+        "rho": st.sampled_from([0.5, 1.0]),
+        "adaptive": MAYBE,
+        "interval": st.sampled_from([1, 1, 2, 3]),
+        "start": st.sampled_from([0, 0, 2]),
+        "direction": st.sampled_from(["gradient", "gradient", "gradient", "momentum"]),
+        "closure_passes": st.sampled_from(["auto", "auto", "one", "two"]),
+        "hook": MAYBE,
+        "flatten": MAYBE,
+    }
+)
+BASE = st.tuples(st.sampled_from(sorted(BASES)), st.sampled_from(sorted(MEMBERS)), MAYBE, st.booleans())
+
+
+class Meetings(RuleBasedStateMachine):
+    backend = "cpp"
+
+    @initialize(first=BASE, second=BASE, options=st.tuples(OPTIONS, OPTIONS), sams=st.sampled_from([1, 1, 2]))
+    def begin(self, first, second, options, sams):
+        notices.told.clear()
+        bases = [first, second][:sams]
+        self.fused, self.plain = Fused(bases, self.backend), Plain(bases)
+        self.w = None
+        self.tolerance = TOLERANCE[torch.float64]
+        for i in range(sams):
+            self.wrap(i, options[i])
+
+    def both(self, action, writes=False, collect=False):
+        """Does it in both worlds, and compares what came of it.
+
+        Args:
+            action: of a world.
+            writes: it writes to the weights.
+            collect: it lets go of a FusedSAM.
+        """
+        fused, plain = self.fused, self.plain
+        idle = not any(sam.perturbed for sam in fused.sams)
+        before = [p.detach().clone() for p in fused.weights()]
+        self.w = before if idle else None if writes else self.w
+        fused.stepped_at = None
+
+        found, error, where = outcome(action, fused)
+        if collect:
+            gc.collect()
+        assert error in ORDERLY, where
+        plain.company.refused = error not in (None, Boom)
+        expected, refused, reason = outcome(action, plain)
+        assert (error is None) == (refused is None), f"expected {reason or expected}\n{where or 'no error'}"
+        assert (error is Boom) == (refused is Boom), f"expected {reason}\n{where}"
+        if isinstance(found, Tensor):
+            close(found, expected, self.tolerance, "the loss")
+        else:
+            assert found == expected
+
+        assert [sam.perturbed for sam in fused.sams] == [sam.perturbed for sam in plain.sams]
+        self.compare()
+        quiet = not any(sam.perturbed for sam in fused.sams)
+        if self.w is not None and not writes and (idle or quiet):
+            if fused.stepped_at is not None:
+                assert same_bits(fused.stepped_at, self.w), "the base optimizer did not step at w"
+            elif quiet:
+                assert same_bits([p.detach() for p in fused.weights()], self.w), "these weights are not w"
+        if not quiet and fused.stepped_at is not None:
+            self.w = None
+
+    def compare(self):
+        """Weights, gradients, state and counts of the two worlds."""
+        fused, plain = self.fused, self.plain
+        pairs = zip(fused.model.named_parameters(), plain.model.parameters(), strict=True)
+        for (name, p), q in pairs:
+            close(p, q, self.tolerance, name)
+            close(p.grad, q.grad, self.tolerance * 10, f"the gradient of {name}")
+        for base, twin in zip(fused.bases, plain.bases, strict=True):
+            for p, q in zip(params(base), params(twin), strict=True):
+                mine, others = base.state.get(p, {}), twin.state.get(q, {})
+                assert set(mine) == set(others)
+                for key, value in mine.items():
+                    close(value, others[key], self.tolerance * 100, key)
+            for mine, others in zip(base.param_groups, twin.param_groups, strict=True):
+                assert all(mine[key] == others[key] for key in ("lr", "maximize"))
+            if twin.sams:
+                assert fused.count(base) <= {twin.count}, "counted wrongly"
+        for sam, twin in zip(fused.sams, plain.sams, strict=True):
+            if sam.perturbed:
+                assert float(sam.grad_norm) == pytest.approx(
+                    twin.norm, rel=1e-2 if self.tolerance > 1e-6 else 1e-5, nan_ok=True
+                )
+
+    def sam(self, i):
+        i %= len(self.fused.sams)
+        return lambda world: world.sams[i]
+
+    def base(self, i):
+        i %= len(self.fused.bases)
+        return lambda world: world.bases[i]
+
+    # -- what users do -------------------------------------------------------------------------------------------------
+
+    def wrap(self, i, options):
+        if len(self.fused.sams) < 3:
+            base = self.base(i)
+            options = {**options, "hook": options["hook"] and len(self.fused.bases) == 1 and not self.fused.sams}
+            if options["direction"] == "momentum":
+                options = {**options, "closure_passes": "auto"}
+                if not any(group.get("momentum") or "betas" in group for group in base(self.fused).param_groups):
+                    options = {**options, "direction": "gradient"}
+            self.both(lambda world: world.wrap(base(world), **options), writes=True)
+
+    @rule(i=st.integers(0, 1), options=OPTIONS)
+    def wrap_again(self, i, options):
+        self.wrap(i, options)
+
+    @rule(i=st.integers(0, 1), options=OPTIONS)
+    def wrap_anew(self, i, options):
+        base = self.base(i)
+
+        def wrap_anew(world):
+            old = world.around(base(world))
+            world.wrap(base(world), **options)
+            for sam in old:
+                world.drop(sam)
+
+        if options["direction"] == "gradient":
+            options = {**options, "hook": False}
+            self.both(wrap_anew, writes=True, collect=True)
+
+    @rule(seed=SEEDS, part=PARTS, odd=st.sampled_from([False] * 7 + [True]))
+    def backward(self, seed, part, odd):
+        self.both(lambda world: world.backward(seed, part, odd))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), zero_grad=st.booleans())
+    def first_step(self, i, zero_grad):
+        sam = self.sam(i)
+        self.both(lambda world: sam(world).first_step(zero_grad=zero_grad))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), zero_grad=st.booleans())
+    def second_step(self, i, zero_grad):
+        sam = self.sam(i)
+        self.both(lambda world: sam(world).second_step(zero_grad=zero_grad))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), seed=SEEDS, part=PARTS, clear=CLEAR, mischief=MISCHIEF)
+    def step(self, i, seed, part, clear, mischief):
+        sam = self.sam(i)
+        self.both(lambda world: sam(world).step(world.closure(sam(world), seed, part, clear, mischief)))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), seed=SEEDS, form=st.sampled_from(["calls", "closure", "restore"]))
+    def whole_step(self, i, seed, form):
+        sam = self.sam(i)
+        self.both(lambda world: world.whole_step(sam(world), seed, form))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), seed=SEEDS, form=st.sampled_from(["calls", "closure"]), infinite=st.integers(0, 2))
+    def scaled_step(self, i, seed, form, infinite):
+        sam = self.sam(i)
+        if sam(self.fused).direction == "gradient" and not any(type(p.grad) is Odd for p in self.fused.weights()):
+            self.both(lambda world: world.scaled_step(sam(world), seed, form, infinite))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2))
+    def restore(self, i):
+        sam = self.sam(i)
+        self.both(lambda world: sam(world).restore())
+
+    @rule(i=st.integers(0, 1))
+    def base_step(self, i):
+        base = self.base(i)
+        self.both(lambda world: base(world).step())
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), how=CLEAR)
+    def zero_grad(self, i, how):
+        sam = self.sam(i)
+        self.both(lambda world: world.clear(sam(world), how))
+
+    @rule(i=st.integers(0, 1), what=st.sampled_from(["model", "base", "sam"]))
+    def save(self, i, what):
+        base = self.base(i)
+        self.both(lambda world: world.save(what, base(world)))
+
+    @rule(i=st.integers(0, 1), what=st.sampled_from(["model", "base", "sam"]))
+    def load(self, i, what):
+        base = self.base(i)
+        if (what == "model") in self.fused.saved:
+            self.both(lambda world: world.load(what, base(world)), writes=what == "model")
+
+    @rule(how=st.sampled_from(["deepcopy", "pickle"]), keep=st.sampled_from(["copy", "original"]))
+    def copy(self, how, keep):
+        self.both(lambda world: world.copy(how, keep), collect=True)
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2))
+    def drop(self, i):
+        sam = self.sam(i)
+        self.both(lambda world: world.drop(sam(world)), collect=True)
+
+    @rule(i=st.integers(0, 1), maximize=MAYBE, past=st.booleans())
+    def add_group(self, i, maximize, past):
+        def add(world):
+            base = world.bases[i % len(world.bases)]
+            world.add_spare(base if past else next(iter(world.around(base)), base), maximize)
+
+        base = self.base(i)(self.fused)
+        if not any(p is self.fused.model.spare.weight for p in params(base)):
+            self.both(add)
+
+    @rule(i=st.integers(0, 1), how=st.sampled_from(["assign", "clear", "base"]))
+    def give_groups_again(self, i, how):
+        base = self.base(i)
+        if not any(sam.perturbed for sam in self.fused.sams) and self.fused.around(base(self.fused)):
+            self.both(lambda world: world.give_groups_again(base(world), how))
+
+    @rule(layer=st.sampled_from(["trunk", "left", "right"]), frozen=st.booleans())
+    def freeze(self, layer, frozen):
+        self.both(lambda world: world.freeze(layer, frozen))
+
+    @rule(dtype=st.sampled_from(["float", "double"]))
+    def convert(self, dtype):
+        self.tolerance = max(self.tolerance, TOLERANCE[getattr(torch, dtype)])
+        self.both(lambda world: getattr(world.model, dtype)() and None, writes=True)
+
+    @rule(layer=st.sampled_from(["trunk", "left"]), how=st.sampled_from(["clone", "gaps", "strides", "transpose"]))
+    def move(self, layer, how):
+        if how != "transpose" or (layer == "trunk" and not any(sam.perturbed for sam in self.fused.sams)):
+            self.both(lambda world: world.move(layer, how), writes=True)
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), rho=st.sampled_from([0.2, 0.8]))
+    def set_rho(self, i, rho):
+        sam = self.sam(i)
+        self.both(lambda world: world.set_rho(sam(world), rho))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), name=st.sampled_from(["adaptive", "perturb"]), value=st.booleans(), last=st.booleans())
+    def set_in_group(self, i, name, value, last):
+        sam = self.sam(i)
+        self.both(lambda world: sam(world).param_groups[-last].update({name: value}))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), name=st.sampled_from(["interval", "start"]), value=st.integers(1, 3))
+    def schedule(self, i, name, value):
+        sam = self.sam(i)
+        self.both(lambda world: setattr(sam(world), name, value))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2))
+    def ask(self, i):
+        sam = self.sam(i)
+        self.both(lambda world: (sam(world).is_sam_step, sam(world).ascending, sam(world).perturbed))
+
+
+def params(base):
+    return [p for group in base.param_groups for p in group["params"]]
+
+
+def close(found, expected, tolerance, what):
+    if found is None or expected is None or not isinstance(found, Tensor):
+        assert (found is None) == (expected is None), f"{what}: {found} for {expected}"
+        return
+    found, expected = (getattr(t, "values", t) if type(t) is Odd else t.detach() for t in (found, expected))
+    assert found.dtype == expected.dtype, what
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+HURRIED = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_order(backend, monkeypatch):
+    if backend != "cpp":  # as in a plain install
+        monkeypatch.setattr(places, "native", lambda: None)
+    machine = type("Meetings", (Meetings,), {"backend": backend})
+    gc.freeze()
+    try:
+        run_state_machine_as_test(machine, settings=HURRIED)
+        end = time.monotonic() + 20 * MINUTES  # a third of them for each backend
+        while time.monotonic() < end:
+            run_state_machine_as_test(machine, settings=settings(HURRIED, max_examples=200, derandomize=False))
+    finally:
+        gc.unfreeze()
