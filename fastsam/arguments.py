@@ -73,8 +73,9 @@ def bind(forms: Sequence[inspect.Signature], args: tuple[Any, ...], kwargs: Grou
         options["rho"] = direction.rho
     groups = base.param_groups
     _replace_left_over(groups, {key: value for key, value in options.items() if key in given})
+    steps = max((group[COUNTER] for group in groups if COUNTER in group), default=0)
     for group in groups:
-        complete_group(group, options, 0)
+        complete_group(group, options, steps)
     for i in range(len(groups)):
         check_group(groups, i)
     for device in {p.device for group in groups for p in group["params"]}:

@@ -125,15 +125,21 @@ class ClearingWatch:
     def __init__(self, had_grad: Tensor) -> None:
         self.cleared = False
         self._p = had_grad
+        self._accumulated = False
         self._zeros: Tensor | None = None
         if not _reducers_replace_gradients():
             self._zeros = had_grad.grad = torch.zeros_like(had_grad)
+            self._handle = had_grad.register_post_accumulate_grad_hook(self._see)  # type: ignore[no-untyped-call]
+
+    def _see(self, p: Tensor) -> None:
+        self._accumulated = True
 
     def end(self) -> bool:
-        """Takes the stand-in away, where no gradient was added to it; returns what was found."""
+        """Takes the stand-in away, where no backward added to it; returns what was found."""
         if self._zeros is not None:
+            self._handle.remove()
             self.cleared |= self._p.grad is not self._zeros
-            if self._p.grad is self._zeros and self._zeros._version == 0:
+            if self._p.grad is self._zeros and not self._accumulated:  # zero_grad may have written zeros to it
                 self._p.grad = None
         return self.cleared
 

@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch.optim import Optimizer
 
@@ -14,10 +14,12 @@ from fastsam.torch_api import recording
 
 __all__ = ["after_zero_grad", "around_step"]
 
+T = TypeVar("T")
+
 _ZERO_GRAD = Optimizer.zero_grad
 
 
-def around_step(base: Optimizer, before: Callable[[], bool], after: Callable[[bool], None]) -> None:
+def around_step(base: Optimizer, before: Callable[[], T], after: Callable[[T], None]) -> None:
     """Makes base.step call `before` and, where it succeeds, `after`, as long as the FusedSAM around it lives.
 
     Args:
@@ -41,13 +43,13 @@ def around_step(base: Optimizer, before: Callable[[], bool], after: Callable[[bo
     step.around[:] = [*(other for other in step.around if other.alive), around]
 
 
-class _Around:
+class _Around(Generic[T]):
     """What one FusedSAM does before and after each step of its base optimizer; keeps neither alive."""
 
-    def __init__(self, base: Optimizer, before: Callable[[], bool], after: Callable[[bool], None]) -> None:
+    def __init__(self, base: Optimizer, before: Callable[[], T], after: Callable[[T], None]) -> None:
         self._base = weakref.ref(base)
         self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
-        self._found = False
+        self._found: T | None = None
 
     @property
     def alive(self) -> bool:
@@ -57,13 +59,13 @@ class _Around:
     def before(self, optimizer: object) -> None:
         """Called before the step of `optimizer`, which may be a copy that brought its hooks along."""
         method = self._before()
-        self._found = method() if method is not None and optimizer is self._base() else False
+        self._found = method() if method is not None and optimizer is self._base() else None
 
     def after(self, optimizer: object) -> None:
         """Called after it."""
         method = self._after()
         if method is not None and optimizer is self._base():
-            method(self._found)
+            method(cast(T, self._found))
 
 
 class _Step:
@@ -79,7 +81,7 @@ class _Step:
         if isinstance(getattr(own, "__func__", None), _Step):
             own = None  # of the optimizer that this one was copied from
         self.base = weakref.ref(base)
-        self.around: list[_Around] = []
+        self.around: list[_Around[Any]] = []
         self._own: Callable[..., Any] | None = own
         functools.update_wrapper(self, type(base).step, updated=())
 

@@ -88,7 +88,7 @@ class SAMMixin:
         finally:
             self._in_optimizer_step = self._skipped = False
         if sam._steps == steps:  # skipped where Lightning does not tell the optimizer
-            sam._count_step()
+            sam._count_step(steps)
 
     def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:
         if not sam._state.direction.two_passes and sam.is_sam_step:

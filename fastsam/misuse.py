@@ -63,6 +63,7 @@ def restore_left_perturbed(base: Optimizer) -> None:
     """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
     for other in _others_with([p for group in base.param_groups for p in group["params"]]):
         restore_unfinished(other._state, "an earlier FusedSAM had been left")
+        other._mark_stale()
 
 
 @torch.no_grad()

@@ -312,6 +312,7 @@ class FusedSAM(OptimizerWrapper):
             self.base_optimizer.step()
             return None
         state.perturbed_loss = None
+        completed = self._steps
         passes = None if closure is None else self._passes(closure)
         if passes is None or passes.computes_nothing:
             self._finish(passes)
@@ -322,7 +323,7 @@ class FusedSAM(OptimizerWrapper):
         self._rehearse()
         if valid:
             amp.step(self.grad_scaler, self, self.base_optimizer)
-        self._count_step()
+        self._count_step(completed)
         return loss
 
     @staticmethod
@@ -500,8 +501,9 @@ class FusedSAM(OptimizerWrapper):
             )
         return loss
 
-    def _count_step(self) -> None:
-        self._steps += 1
+    def _count_step(self, completed: int) -> None:
+        """Counts the step after `completed` ones, to the same number in each FusedSAM around the base optimizer."""
+        self._steps = completed + 1
         if not self._state.will_clear:
             self._mark_stale()
 
@@ -579,20 +581,22 @@ class FusedSAM(OptimizerWrapper):
         if not gone:
             self._mark_stale()
 
-    def _before_base_step(self) -> bool:
-        """Returns whether somebody steps the base optimizer by itself, which counts as a step."""
+    def _before_base_step(self) -> int | None:
+        """Returns how many steps are completed where somebody else steps the base optimizer; else None."""
         if self._state.perturbed:
             raise RuntimeError(
                 "the base optimizer's step() was called while the weights are perturbed (w + e_w): call second_step(), "
                 "which restores w and steps, or restore() first"
             )
-        return not self._state.stepping and not is_state_initialisation(self.base_optimizer)
+        if self._state.stepping or is_state_initialisation(self.base_optimizer):
+            return None
+        self._complete_groups()
+        return self._steps
 
-    def _after_base_step(self, by_itself: bool) -> None:
-        if by_itself:
-            self._complete_groups()
+    def _after_base_step(self, completed: int | None) -> None:
+        if completed is not None:
             self._end_between()
-            self._count_step()
+            self._count_step(completed)
             self._opt_called = True  # to a scheduler, which would warn that there was no step
 
     def _end_between(self) -> None:

@@ -213,7 +213,7 @@ class OptimizerWrapper(Optimizer):
         """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
         groups = self.param_groups
         if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
-            steps: int = max(group.get(COUNTER) or self._settings["steps"] for group in groups)
+            steps = max((int(group[COUNTER]) for group in groups if COUNTER in group), default=self._settings["steps"])
             for i, group in enumerate(groups):
                 if COUNTER not in group:
                     self._mark_stale(group["params"])
@@ -315,6 +315,7 @@ class OptimizerWrapper(Optimizer):
         state["_settings"] = {**{name: defaults[name] for name in SETTINGS}, "steps": 0, **state["_settings"]}
         super().__setstate__(state)
         self._start()
+        self._settings["steps"] = self._steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
         """A copy that shares what belongs to the training and not to the optimizer."""

@@ -205,8 +205,7 @@ class PlainSAM:
             if zero_grad:
                 self.zero_grad()
             return True
-        if any(g is not None and type(g) is not Tensor for g in (p.grad for p in self.base.params())):
-            self.company.may_refuse()  # what the ascent would refuse is better met now
+        self.directions()  # what an ascent would refuse is better met now
         self.announced = versions(self.base.params()) if self.direction == "gradient" else {}
         return False
 
@@ -261,8 +260,7 @@ class PlainSAM:
                     self.closure_passes = "two"
                 self.require_perturbed(True)
         self.back()
-        if any(g is not None and type(g) is not Tensor for g in (p.grad for p in self.base.params())):
-            self.company.may_refuse()
+        self.directions()
         self.base.step(by if self.grad_scaler is None else self.grad_scaler.step)
         return loss
 

@@ -16,7 +16,7 @@ from functools import partial
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -646,7 +646,10 @@ HURRIED = settings(
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),  # shrinking takes minutes: `make fuzz` does it
 )
+
+PATIENT = {"max_examples": 200, "derandomize": False, "phases": (Phase.generate, Phase.shrink)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -659,6 +662,6 @@ def test_any_order(backend, monkeypatch):
         run_state_machine_as_test(machine, settings=HURRIED)
         end = time.monotonic() + 20 * MINUTES  # a third of them for each backend
         while time.monotonic() < end:
-            run_state_machine_as_test(machine, settings=settings(HURRIED, max_examples=200, derandomize=False))
+            run_state_machine_as_test(machine, settings=settings(HURRIED, **PATIENT))
     finally:
         gc.unfreeze()
