@@ -41,6 +41,86 @@ def test_lesser_instruction_sets(isa):
     assert result.returncode == 0, result.stdout
 
 
+BITS = """
+import hashlib, itertools, warnings, torch
+from fastsam import FusedSAM
+warnings.simplefilter("ignore")
+streamed, threads = (25 << 20) // 4, torch.get_num_threads()
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+sizes = [1, 63, 3, 4930, 7000, 16384, 41616, 300_000]  # at all sorts of alignments
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for adaptive in (False, True):
+        for last in (sizes[-1], streamed) if dtype is torch.float32 else (sizes[-1],):
+            ends = [*itertools.accumulate([3, *sizes[:-1], last])]
+            generator = torch.Generator().manual_seed(0)
+            memory, grad = (torch.randn(ends[-1], generator=generator).to(dtype) for _ in range(2))
+            before = memory.clone()
+            params = [torch.nn.Parameter(memory[a:b]) for a, b in itertools.pairwise(ends)]
+            for p, (a, b) in zip(params, itertools.pairwise(ends)):
+                p.grad = grad[a - 1 : b - 1]
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                sam = FusedSAM(params, torch.optim.SGD, rho=100.0, adaptive=adaptive, backend="cpp", lr=0.1)
+                sam.first_step()
+                assert not torch.equal(memory, before)
+                [(_, bucket)] = sam._state.perturbation.buckets
+                print(*map(digest, (sam.grad_norm, bucket.partials, memory)))
+                sam.restore()
+                assert digest(memory) == digest(before)
+            torch.set_num_threads(threads)
+"""
+
+
+def test_bits_depend_on_nothing_but_the_layout():
+    """Norm and perturbed weights by every instruction set, by any number of threads and of parts."""
+    found = []
+    for isa, parts in [("", ""), ("", "1"), ("", "3"), ("avx2", "8"), ("baseline", "4")]:
+        environment = {**os.environ, "FASTSAM_CPU_ISA": isa, "FASTSAM_CPU_PARTS": parts}
+        command = [sys.executable, "-c", BITS]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        found.append(result.stdout.splitlines())
+        assert len(found[-1]) == (4 * 2 + 2) * 3
+        assert found[-1][::3] == found[-1][1::3] == found[-1][2::3], "threads"
+    assert all(lines == found[0] for lines in found)
+
+
+CHUNK = 16384
+
+
+def norm_of(gradient, numel):
+    """The norm of `gradient`, [CHUNK], over and over up to `numel` elements: chunks that all lie at one address."""
+    starts = torch.arange(0, numel, CHUNK)
+    zeros = torch.zeros_like(starts)
+    chunks = torch.stack([zeros, (numel - starts).clamp(max=CHUNK), zeros, starts], dim=1)
+    address = torch.tensor([gradient.data_ptr()])
+    partials, square_sums = torch.zeros(len(chunks), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    adaptive, saved, counter = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
+    one, norm, scale = (torch.ones(1) for _ in range(3))
+    op = torch.ops.fastsam.norm
+    tables = chunks, address, address, gradient.dtype, 0, True, partials, adaptive
+    op(*tables, one, one, square_sums, norm, scale, saved, counter)
+    return float(norm)
+
+
+def test_norm_of_1e9_elements():
+    """The worst that a lane of fp32 can meet, by analysis: 1, and then squares of 2^-24, half a unit in the last place
+    of 1. 31 of them are lost; the sum of squares may be short by 32 * 2^-24, and the norm by half of that.
+    """
+    bound = (32 / 2 + 1) * 2**-24  # the norm is rounded once more
+    assert bound < 2e-6
+    worst = torch.full((CHUNK,), 2.0**-12)
+    worst[:32] = 1
+    exact = float(worst.double().square().sum().sqrt())
+    assert norm_of(worst, CHUNK) == pytest.approx(exact, rel=bound, abs=0)
+    assert norm_of(worst, CHUNK * 61_035) == pytest.approx(exact * 61_035**0.5, rel=bound, abs=0)
+    for equal in (0.1, 1 / 3, 1.7):
+        gradient = torch.full((CHUNK,), equal)
+        exact = float(gradient[0].double()) * 1e9**0.5
+        assert norm_of(gradient, 10**9) == pytest.approx(exact, rel=bound, abs=0)
+
+
 @pytest.mark.filterwarnings("ignore:FusedSAM perturbs torch")
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
