@@ -3,13 +3,15 @@
 #   make check   ruff, mypy           make bench   the benchmarks
 #   make fuzz    what users do, in any order, against plain PyTorch: random calls for an hour, or FASTSAM_FUZZ_MINUTES
 #   make docs    the pages, into site/   make bench-accuracy   test accuracy of the demo's methods on two data sets
+#   make newest-check        the tests with the newest torch, torchvision and timm, in an environment of its own (5.5 GB)
 #   make clean   back to the sources
 #   make gpu-check           on a machine with a CUDA GPU: tests/gpu/check.py, all parts, in the environment $(GPU_PYTHON)
 #   make composer-check      installs MosaicML Composer in an environment of its own and trains in its Trainer (5.4 GB)
 #   make cuda-build-check    builds the CUDA library, with nvcc but without a GPU, and imports it (downloads 4.7 GB)
 #   make arm-check           compiles the CPU kernels for 64-bit Arm; wants aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)
 #   make dist                the sdist and wheels of a release, each installed into a fresh environment
-# Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), and those of setup.py: CXX, MAX_JOBS.
+# Variables: PYTHON (the interpreter of the virtual environment), VENV (its folder), TORCH (as torch==2.10.0, for a VENV of its
+# own), and those of setup.py: CXX, MAX_JOBS.
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -29,7 +31,8 @@ GPU_PYTHON ?= python3
 
 FASTSAM_FUZZ_MINUTES ?= 60
 
-.PHONY: help test fuzz demo bench bench-accuracy check docs arm-check composer-check gpu-check cuda-build-check dist setup clean
+.PHONY: help test fuzz demo bench bench-accuracy check docs arm-check newest-check composer-check gpu-check \
+	cuda-build-check dist setup clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,7 +61,8 @@ check: setup
 	$(VENV)/bin/mypy
 
 docs: setup $(VENV)/docs.stamp
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --clean && echo "the pages are in site/"
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --clean
+	@echo "the pages are in site/; to search in them: $(VENV)/bin/python -m http.server -d site, and http://localhost:8000"
 
 arm-check: setup
 	CI=true $(VENV)/bin/python -m pytest tests/package/test_arm.py && command -v aarch64-linux-gnu-g++
@@ -86,6 +90,12 @@ dist: setup
 	@$(VENV)/bin/twine check --strict dist/*.tar.gz dist/*.whl
 	$(VENV)/bin/python tests/package/dist_check.py "$(TORCH)" "$(SETUPTOOLS)" dist/*.tar.gz dist/*.whl
 
+# Without pins: what somebody who installs torch today gets.
+newest-check: $(VENV)/newest.stamp
+	@PATH="$(CURDIR)/$(VENV)/newest/bin:$$PATH" $(VENV)/newest/bin/python setup.py -q build_ext --inplace
+	$(VENV)/newest/bin/python -m fastsam
+	$(VENV)/newest/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 # With torch 2.7 there is no native library: foreach serves, and Triton 3.3 for GPUs, whose kernels are interpreted and compiled.
 composer-check: $(VENV)/composer.stamp
 	@$(VENV)/composer/bin/python -m pip -q --disable-pip-version-check install --no-build-isolation --no-deps \
@@ -95,6 +105,14 @@ composer-check: $(VENV)/composer.stamp
 		tests/kernels/test_triton.py tests/package/test_triton_compile.py
 
 setup: $(VENV)/native.stamp
+
+$(VENV)/newest.stamp: Makefile pyproject.toml
+	@echo "== installing the newest torch, torchvision and timm into $(VENV)/newest (5.5 GB)"
+	@$(PYTHON) -m venv $(VENV)/newest
+	@$(VENV)/newest/bin/python -m pip -qq --disable-pip-version-check install --upgrade torch torchvision timm ninja
+	@FASTSAM_BUILD_NATIVE=0 $(VENV)/newest/bin/python -m pip -qq --disable-pip-version-check install --upgrade \
+		--no-build-isolation -e ".[demo,test]"
+	@touch $@
 
 $(VENV)/composer.stamp: Makefile
 	@echo "== installing $(COMPOSER) and the torch that it needs into $(VENV)/composer (5.4 GB)"
