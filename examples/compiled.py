@@ -6,7 +6,7 @@ What FusedSAM itself computes is fused already, and is never traced.
 """
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 
 from fastsam import FusedSAM

@@ -4,7 +4,7 @@ python examples/late_sam.py
 """
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 from fastsam import FusedSAM

@@ -7,7 +7,7 @@ backward.
 """
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 
 from fastsam import FusedSAM

@@ -9,7 +9,7 @@ import copy
 import math
 
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 from fastsam import SAM

@@ -11,8 +11,8 @@ import gc
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator
-from sklearn.datasets import load_digits
+from accelerate import Accelerator  # pip install accelerate
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -8,10 +8,10 @@ by the gradient of its own samples; checkpoints (save_folder=, load_path=) resum
 """
 
 import torch
-from composer import ComposerModel, Trainer
+from composer import ComposerModel, Trainer  # pip install mosaicml
 from composer.optim import CosineAnnealingScheduler, DecoupledSGDW
 from composer.utils import dist
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 

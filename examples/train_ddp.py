@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,8 +4,8 @@ python examples/train_fabric.py
 """
 
 import torch
-from lightning.fabric import Fabric
-from sklearn.datasets import load_digits
+from lightning.fabric import Fabric  # pip install lightning
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 from fastsam import FusedSAM

@@ -3,10 +3,10 @@
 python examples/train_hydra.py
 """
 
-import hydra
+import hydra  # pip install hydra-core
 import torch
-from omegaconf import OmegaConf
-from sklearn.datasets import load_digits
+from omegaconf import OmegaConf  # pip install hydra-core
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import nn
 
 CONFIG = """

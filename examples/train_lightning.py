@@ -8,9 +8,9 @@ run again at w + e_w.
 """
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer  # pip install lightning
 from lightning.pytorch.plugins.precision import MixedPrecision
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

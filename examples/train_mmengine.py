@@ -6,10 +6,10 @@ The stock OptimWrapper steps after one backward; SAMWrapper runs the model a sec
 """
 
 import torch
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel  # pip install mmengine
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install scikit-learn
 from torch import Tensor, nn
 
 from fastsam import FusedSAM

@@ -3,10 +3,10 @@
 python examples/train_skorch.py
 """
 
-import numpy as np
+import numpy as np  # pip install numpy
 import torch
-from sklearn.datasets import load_digits
-from skorch import NeuralNetClassifier
+from sklearn.datasets import load_digits  # pip install scikit-learn
+from skorch import NeuralNetClassifier  # pip install skorch
 from torch import nn
 
 from fastsam import FusedSAM

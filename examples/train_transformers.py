@@ -17,8 +17,8 @@ from pydoc_data.topics import topics
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import (
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # pip install transformers
+from transformers import (  # pip install transformers
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,

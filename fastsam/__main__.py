@@ -6,13 +6,11 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 
 import torch
 
 from fastsam import __version__, backends
+from fastsam._distribution import compiler
 
 
 def version_of(package: str) -> str:
@@ -21,19 +19,6 @@ def version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def compiler() -> str:
-    """The C++ compiler that a build of the native library would take, with its version."""
-    chosen = os.environ.get("CXX")
-    for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        path = shutil.which(shlex.split(command)[0])
-        if path is None:
-            continue
-        answer = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True)
-        if answer.returncode == 0 and answer.stdout:
-            return f"{answer.stdout.splitlines()[0]} ({path})"
-    return f"{chosen} (CXX) does not run" if chosen else "none found"
 
 
 def devices() -> dict[torch.device, str]:
@@ -89,7 +74,7 @@ def main() -> None:
         "Python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": f"{torch.__version__} ({f'CUDA {cuda}' if cuda else 'CPU build'})",
         "triton": version_of("triton"),
-        "C++ compiler": compiler(),
+        "C++ compiler": compiler() or "none that runs",
     }
     found = devices()
     print("Versions", table(versions), sep="\n")

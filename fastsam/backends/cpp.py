@@ -10,16 +10,14 @@ import importlib
 
 import torch
 
+from fastsam._distribution import why_missing
 from fastsam.bucket import ParameterBucket
 from fastsam.scalars import Scalars
 
 try:
     importlib.import_module("fastsam._C")
 except ImportError as error:
-    raise ImportError(
-        f"fastsam's native library could not be loaded ({error}); it needs torch >= 2.10 and a C++20 compiler at "
-        "install: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
-    ) from None
+    raise ImportError(why_missing(error)) from None
 
 __all__ = ["DEVICE", "chunk_size", "combine", "norm", "perturb", "restore"]
 

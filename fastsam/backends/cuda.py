@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from fastsam.backends import cpp
+from fastsam._distribution import build_command, no_gpu
 from fastsam.bucket import ParameterBucket
 
 __all__ = ["DEVICE", "chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
@@ -18,16 +18,17 @@ __all__ = ["DEVICE", "chunk_size", "combine", "norm", "obstacle", "perturb", "re
 DEVICE: str | None = "cuda"
 
 try:
+    from fastsam.backends import cpp
+
     _library: ModuleType = importlib.import_module("fastsam._C_cuda")
 except ImportError as error:
-    if torch.version.cuda is None:
-        raise ImportError(
-            f"torch {torch.__version__} is not built for CUDA: install one that is, and then fastsam again"
-        ) from None
-    raise ImportError(
-        f"fastsam's CUDA library could not be loaded ({error}); it is built for one major version of CUDA, by nvcc and "
-        "a torch for that CUDA: pip install --no-build-isolation --no-deps --force-reinstall <the source of fastsam>"
-    ) from None
+    cause = str(error)
+    if error.name is not None:  # not what cpp.py said
+        cause = (
+            f"the CUDA library cannot be loaded ({cause}). It is built for one major version of CUDA, by nvcc and a "
+            f"torch for that CUDA: {build_command()}"
+        )
+    raise ImportError(no_gpu() or cause) from None
 
 norm = cpp.norm
 combine = cpp.combine
@@ -47,10 +48,9 @@ def restore(bucket: ParameterBucket) -> None:
 
 def obstacle() -> str | None:
     """Why the library cannot serve here, and what to do; None when it can."""
-    if torch.cuda.device_count() == 0:  # of NVML: it initialises nothing
-        return "no CUDA device here (nvidia-smi shows those that the driver finds)"
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return None
+    reason = no_gpu()
+    if reason is not None or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return reason
     oldest: int = _library.oldest_architecture()
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)

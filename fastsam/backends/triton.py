@@ -19,18 +19,20 @@ from typing import Any
 
 import torch
 
+from fastsam._distribution import no_gpu
 from fastsam.bucket import ParameterBucket
 from fastsam.scalars import Scalars
+
+DEVICE: str | None = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 try:
     import triton
     import triton.language as tl
 except Exception as error:  # a broken install raises anything
-    raise ImportError(f"Triton cannot be imported ({error!r}): pip install --upgrade triton") from None
+    reason = no_gpu() if DEVICE == "cuda" else None
+    raise ImportError(reason or f"Triton cannot be imported ({error!r}): pip install --upgrade triton") from None
 
 __all__ = ["DEVICE", "chunk_size", "combine", "norm", "obstacle", "perturb", "restore"]
-
-DEVICE: str | None = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 OLDEST_TRITON = (3, 2)
 OLDEST_CAPABILITY = (8, 0)
@@ -416,16 +418,13 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def obstacle() -> str | None:
     """Why Triton cannot serve here, and what to do; None when it can."""
+    reason = no_gpu() if DEVICE == "cuda" else None
+    if reason is not None:
+        return reason
     oldest = ".".join(map(str, OLDEST_TRITON))
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
         return f"Triton {triton.__version__} is older than {oldest}: pip install --upgrade torch triton"
-    if not isinstance(_norm, triton.runtime.JITFunction):  # but one that the interpreter runs
-        return None
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA: https://pytorch.org/get-started/locally"
-    if torch.cuda.device_count() == 0:  # of NVML: it initialises nothing
-        return "no CUDA device here (nvidia-smi shows those that the driver finds)"
-    if not torch.cuda.is_initialized():
+    if DEVICE == "cpu" or not torch.cuda.is_initialized():
         return None
     for i in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(i) < OLDEST_CAPABILITY:

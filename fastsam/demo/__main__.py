@@ -40,7 +40,8 @@ except ModuleNotFoundError as error:
     package = PACKAGES.get((error.name or "").partition(".")[0])
     if package is None:
         raise
-    raise SystemExit(f"the demo needs {package}, which is not installed: pip install 'fastsam[demo]'") from None
+    command = f"pip install {' '.join(PACKAGES.values())}"
+    raise SystemExit(f"the demo needs {package}, which is not installed: {command}") from None
 
 SURFACE_EXTENT = 0.6  # by how much of its own norm a filter is moved, at most, each way
 SHARPNESS_RHO = 0.2

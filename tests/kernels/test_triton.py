@@ -102,9 +102,12 @@ INSTALLS = {
 
 
 @pytest.mark.parametrize("kind", INSTALLS)
-def test_without_a_triton_that_works_there_is_a_reason(install, kind):
+def test_without_a_triton_that_works_there_is_a_reason(install, kind, monkeypatch):
+    """Where there is a GPU: elsewhere that there is none comes first."""
     source, reason = INSTALLS[kind]
     install(source)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_missing(reason)
 
 

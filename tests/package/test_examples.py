@@ -1,11 +1,13 @@
 """The files under examples/ run, and come to what they say."""
 
+import ast
 import importlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,35 @@ torch.nn.modules.module.register_module_forward_hook(kill)
 from examples.checkpoint import train
 train(Path(sys.argv[1]), steps=20)
 """
+
+
+DISTRIBUTIONS = {"composer": "mosaicml", "omegaconf": "hydra-core", "tokenizers": "transformers"}
+"""What to install for a module, where the name of its distribution does not say so here."""
+
+
+def others_modules(path: Path) -> dict[str, int]:
+    """The modules of other projects that a file imports at its top, each with the line of its first import."""
+    own = {"bench", "examples", "fastsam", "torch", *sys.stdlib_module_names}
+    found: dict[str, int] = {}
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for module in {name.partition(".")[0] for name in names} - own:
+            found.setdefault(module, node.lineno)
+    return found
+
+
+SCRIPTS = [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "bench").glob("[!t]*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_an_import_that_fails_says_what_to_install(path: Path) -> None:
+    """A traceback shows the line of the import, and its comment with it."""
+    lines = path.read_text().splitlines()
+    for module, number in others_modules(path).items():
+        name = DISTRIBUTIONS.get(module) or metadata.packages_distributions().get(module, [module])[0]
+        comment = lines[number - 1].partition("  # pip install ")[2].split()
+        assert name in comment, f"{path.name}:{number}: {lines[number - 1]}"
 
 
 @pytest.mark.parametrize("form", ["two calls", "closure"])

@@ -1,6 +1,7 @@
 """What is shipped: the wheels, native and pure, as a user gets them, and `python -m fastsam`."""
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,13 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastsam
-from fastsam import backends
+from fastsam import _distribution, backends
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -26,10 +28,13 @@ FILES = [
     "README.md",
     "CHANGELOG.md",
     "CITATION.cff",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    ".pre-commit-config.yaml",
     "LICENSE",
     "mkdocs.yml",
 ]
-FOLDERS = ["bench", "csrc", "docs", "examples", "fastsam", "tests"]
+FOLDERS = [".github", "bench", "csrc", "docs", "examples", "fastsam", "tests"]
 
 STEP = """
 import torch
@@ -45,12 +50,17 @@ assert torch.equal(w, torch.full_like(w, 0.5)), w
 """
 
 # An editable install leaves a finder that would lend its own fastsam._C to the unpacked wheel.
-ONLY_UNPACKED = """
+NOT_EDITABLE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]
+"""
+ONLY_UNPACKED = (
+    NOT_EDITABLE
+    + """
 import fastsam
 assert "unpacked" in fastsam.__file__, fastsam.__file__
 """
+)
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -137,6 +147,16 @@ def test_sdist_holds_all_that_its_tests_and_readme_need(sdist):
     wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".so", ".pyc")} | set(FILES)
     assert wanted <= inside, wanted - inside
     assert not [name for name in inside if name.endswith((".so", ".pyc"))]
+
+
+def test_workflows_and_pages_call_targets_that_the_makefile_has():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    files = [*(ROOT / ".github" / "workflows").glob("*.yml"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    lines = "\n".join(path.read_text() for path in files)
+    named = {word for line in re.findall(r"(?m)(?:run: |`|^)make ([^`\n#]*)", lines) for word in line.split()}
+    assert {"check", "docs", "test", "newest-check", "dist"} <= named
+    named = {word for word in named if "=" not in word and re.fullmatch(r"[\w-]+", word)}
+    assert named <= targets, named - targets
 
 
 def test_pure_wheel_holds_every_module_and_no_library(pure_wheel):
@@ -254,9 +274,100 @@ def test_report_gives_every_backend_its_state():
     assert "default on cpu" in rows[backends.default(torch.device("cpu"))]
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="no GPU build of torch is what this is about")
-def test_report_advises_no_reinstall_where_it_cannot_help():
-    assert re.fullmatch(r"missing: torch \S+ is not built for CUDA: install one that is, .*", report()["cuda"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_without_a_gpu_the_report_says_so_and_advises_no_install(name):
+    row = report(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")[name]
+    no_build = r"torch \S+ is a build without CUDA: https://pytorch.org/\S+"
+    no_device = r"no CUDA device here \(nvidia-smi .*\)"
+    assert re.fullmatch(f"missing: {no_build if torch.version.cuda is None else no_device}", row)
+
+
+def test_report_in_a_clone_says_that_it_hides_what_was_installed(pure_wheel, tmp_path):
+    """Python looks in the folder that it runs in before it looks where pip installs."""
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(pure_wheel) as archive:
+        archive.extractall(installed)
+    clone = copy_sources(tmp_path / "clone")
+    report = NOT_EDITABLE + "import runpy\nrunpy.run_module('fastsam', run_name='__main__')"
+    result = python("-c", report, cwd=clone, PYTHONPATH=str(installed))
+    assert result.returncode == 0, result.stderr
+    (row,) = re.findall(r"  cpp +(.*)", result.stdout)
+    assert f"hides the installed package, {installed / 'fastsam'}." in row
+    assert row.endswith(f"or install in place: pip install --no-build-isolation -e {clone}")
+
+
+@pytest.fixture
+def installed_from(monkeypatch, tmp_path):
+    """Has fastsam believe that pip installed it from there: the content of direct_url.json."""
+
+    def install(origin: dict[str, Any] | None) -> None:
+        info = tmp_path / "fused_sam-0.1.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fused-sam\nVersion: 0.1.0\n")
+        if origin is not None:
+            (info / "direct_url.json").write_text(json.dumps(origin))
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.setattr(_distribution, "CLONE", None)
+
+    return install
+
+
+ABSENT = ModuleNotFoundError("No module named 'fastsam._C'")
+AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall"
+
+
+@pytest.mark.parametrize(
+    ("origin", "source"),
+    [
+        ({"url": "file:///home/me/my%20clone", "dir_info": {}}, "'/home/me/my clone'"),
+        (
+            {"url": "https://example.org/f.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "git+https://example.org/f.git@0a1b",
+        ),
+        ({"url": "file:///tmp/fused_sam-0.1.0.tar.gz", "archive_info": {}}, "/tmp/fused_sam-0.1.0.tar.gz"),
+        ({"url": "file:///tmp/fused_sam-0.1.0-py3-none-any.whl", "archive_info": {}}, "<the source of fastsam>"),
+        (None, "<the source of fastsam>"),
+    ],
+)
+def test_what_is_missing_names_the_cause_and_the_whole_command(installed_from, origin, source):
+    installed_from(origin)
+    reason = _distribution.why_missing(ABSENT)
+    assert re.match("the native library was not built: pip hides torch from the build", reason)
+    assert f" {AGAIN} {source} (with -v " in reason
+
+
+def test_a_native_library_that_does_not_load_is_told_with_its_error(installed_from):
+    installed_from(None)
+    reason = _distribution.why_missing(ImportError("undefined symbol: aoti_torch_x"))
+    assert reason.startswith(
+        "the native library cannot be loaded (undefined symbol: aoti_torch_x). Build it again: pip"
+    )
+
+
+def test_an_old_torch_is_the_cause_before_all_else(installed_from, monkeypatch):
+    installed_from(None)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1+cu126"))
+    reason = _distribution.why_missing(ABSENT)
+    assert reason.startswith("torch 2.7.1+cu126 is older than 2.10, which the native library needs: pip install --up")
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("xcode-select", "xcode-select --install"),
+        ("apt-get", r"apt install g\+\+"),
+        ("dnf", r"dnf install gcc-c\+\+"),
+        ("none", r"g\+\+ or clang\+\+"),
+    ],
+)
+def test_without_a_compiler_the_package_of_the_system_is_named(installed_from, monkeypatch, program, command):
+    installed_from(None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == program else None)
+    reason = _distribution.why_missing(ABSENT)
+    assert re.fullmatch(rf"the native library was not built, .* compiler: {command}, and then {AGAIN} .*", reason), (
+        reason
+    )
 
 
 @pytest.mark.parametrize("name", ["reference", "no-such-backend"])
