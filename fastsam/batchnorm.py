@@ -50,7 +50,7 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module.
 
-    Example:
+    Examples:
         >>> sam.first_step(zero_grad=True)
         >>> with fastsam.frozen_running_stats(model):
         ...     loss_fn(model(x), y).backward()

@@ -117,7 +117,7 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
         ImportError: Composer is not installed.
         TypeError, ValueError: an argument that is out of range.
 
-    Example:
+    Examples:
         >>> Trainer(model=model, optimizers=optimizer, algorithms=[SAM(rho=0.05)], ...)
     """
 

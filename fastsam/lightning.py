@@ -40,7 +40,7 @@ class SAMMixin:
     Raises:
         TypeError: a subclass names it after LightningModule.
 
-    Example:
+    Examples:
         >>> class Digits(SAMMixin, LightningModule):
         ...     def configure_optimizers(self):
         ...         return FusedSAM(self.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)

@@ -42,8 +42,6 @@ class FusedSAM(OptimizerWrapper):
 
     Foret et al. 2021, arXiv 2010.01412, Eq. 2 with p = 2; ``adaptive=True`` is ASAM, arXiv 2102.11600:
 
-    .. code-block:: text
-
         norm  = sqrt( sum_i ||g_i||^2 )          over all groups;   adaptive: of |w| * g
         e_w   = rho * g / (norm + epsilon)                          adaptive: w^2 * g * rho / (norm + epsilon)
         w    <- w + e_w                          first_step: climb to the worst nearby point
@@ -97,7 +95,7 @@ class FusedSAM(OptimizerWrapper):
             step from closures (LBFGS) or sparse gradients (SparseAdam).
         RuntimeError: the backend that was asked for is missing.
 
-    Example:
+    Examples:
         >>> sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
         >>> loss_fn(model(x), y).backward()
         >>> sam.first_step(zero_grad=True)
@@ -235,7 +233,7 @@ class FusedSAM(OptimizerWrapper):
             zero_grad: clear the gradients afterwards.
 
         Returns:
-            True; or False on a plain step, as `start` and `interval` say: then nothing happened, the gradients are
+            True; or False on a plain step, as `start` and `interval` say. Then nothing happened, the gradients are
             kept, and `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the
             first. With direction="momentum" the step's only gradient comes after this call, whatever it returns.
 

@@ -1,11 +1,8 @@
-"""README and the pages under docs/: every block of Python runs, in order, as a reader would paste it.
+"""README and the pages under docs/: every block of Python runs by itself, as a reader would paste it.
 
-The names that a page leaves to its reader (model, loss_fn, data, ...) are small stand-ins, made anew for each section.
+The names that a page leaves to its reader (model, loss_fn, data, sam, ...) are small stand-ins, new for each block.
 """
 
-import contextlib
-import importlib
-import itertools
 import os
 import re
 from collections.abc import Generator
@@ -16,26 +13,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import fastsam
 from fastsam import FusedSAM
 from fastsam.distributed import local
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+WIDEST = 90
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-def sections(page: Path) -> list[list[str]]:
-    """The Python of each section, each block behind as many empty lines as are above it, for tracebacks."""
+def blocks(page: Path) -> list[str]:
+    """The blocks of Python, each behind as many empty lines as are above it, for tracebacks."""
     text = page.read_text()
-    starts = [0, *(match.start() for match in re.finditer(r"^## ", text, flags=re.MULTILINE)), len(text)]
-    found = [
-        ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in BLOCK.finditer(text, *bounds)]
-        for bounds in itertools.pairwise(starts)
-    ]
-    return [blocks for blocks in found if blocks]
+    return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in BLOCK.finditer(text)]
 
 
 def names(path: Path) -> dict[str, Any]:
@@ -46,18 +38,13 @@ def names(path: Path) -> dict[str, Any]:
     x, y = data[0]
     return {
         "__name__": "page",
-        "DistributedDataParallel": DistributedDataParallel,
-        "FusedSAM": FusedSAM,
         "batches": [data[:2], data[2:]],
         "data": data,
-        "fastsam": fastsam,
         "loss_fn": nn.CrossEntropyLoss(),
         "model": model,
         "loader": torch.utils.data.DataLoader(data, batch_size=None),
-        "nullcontext": contextlib.nullcontext,
         "path": path / "checkpoint.pt",
         "sam": FusedSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1),
-        "torch": torch,
         "x": x,
         "y": y,
     }
@@ -74,18 +61,22 @@ def process_group(tmp_path: Path) -> Generator[None, None, None]:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("page", [page for page in PAGES if sections(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for blocks in sections(page):
+    for block in blocks(page):
         space = names(tmp_path)
-        if page.stem == "frameworks":
-            lightning = importlib.import_module("lightning")
-            space |= {"LightningModule": lightning.LightningModule, "Trainer": lightning.Trainer}
-        for block in blocks:
-            exec(compile(block, str(page), "exec"), space)
+        exec(compile(block, str(page), "exec"), space)
         assert all(bool(local(p).isfinite().all()) for p in space["model"].parameters())
         assert not space["sam"].perturbed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_fits_the_column(page: Path) -> None:
+    """At 1280 pixels a built page shows WIDEST characters of a block; what is wider is cut off."""
+    for block in re.findall(r"^ *```.*?^ *```$", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            assert len(line) <= WIDEST, f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -96,6 +87,22 @@ def test_local_files_and_links_exist(page: Path) -> None:
     named = re.findall(r"`((?:examples|csrc|tests|bench|docs)/[\w./-]*)`", text)
     for path in [page.parent / link for link in links] + [ROOT / name for name in named]:
         assert path.exists(), f"{page.name}: {os.path.relpath(path, ROOT)}"
+
+
+OTHER_PROJECT = re.compile(r"(?m)(?<!un)install\b[^\n`]*[\s'\"]fastsam(?=[\s'\"\[=~]|$)|\bfastsam\[[a-z]")
+
+
+def test_no_text_has_the_other_project_called_fastsam_installed() -> None:
+    """The distribution is fused-sam: whoever installs fastsam gets the code of strangers."""
+    for wrong in ("pip install fastsam", "pip install -U 'fastsam'", "pip install x fastsam==1", "fastsam[demo]"):
+        assert OTHER_PROJECT.search(wrong), wrong
+    suffixes = {".py", ".md", ".toml", ".yml", ".yaml", ".cff", ".cpp", ".h", ".cu", ".cuh", ""}
+    folders = ["bench", "csrc", "docs", "examples", "fastsam", "tests"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    for path in [*ROOT.glob("*"), *files]:
+        if path.is_file() and path.suffix in suffixes and path != Path(__file__):
+            found = OTHER_PROJECT.search(path.read_text())
+            assert found is None, f"{path.relative_to(ROOT)}: {found[0]}"
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
