@@ -84,6 +84,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if "RANK" not in os.environ or len(sys.argv) != 2:
-        raise SystemExit("start it by torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py FOLDER")
-    main(folder=sys.argv[1])
+    if "RANK" not in os.environ:
+        raise SystemExit("start it by torchrun --standalone --nproc-per-node 2 examples/train_fsdp2.py [FOLDER]")
+    main(folder=sys.argv[1] if len(sys.argv) > 1 else "fsdp2-checkpoint")

@@ -77,6 +77,8 @@ def why_missing(error: ImportError) -> str:
         )
     if compiler() is None:
         wanted = next((command for program, command in COMPILERS.items() if shutil.which(program)), "g++ or clang++")
+        if "CXX" in os.environ:
+            wanted = f"unset CXX ({os.environ['CXX']} does not run)"
         return f"the native library was not built, for want of a C++20 compiler: {wanted}, and then {build_command()}"
     return (
         "the native library was not built: pip hides torch from the build unless it is told not to. Build "

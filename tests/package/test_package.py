@@ -336,6 +336,12 @@ def test_what_is_missing_names_the_cause_and_the_whole_command(installed_from, o
     assert f" {AGAIN} {source} (with -v " in reason
 
 
+def test_a_compiler_that_does_not_run_is_told_by_its_name(installed_from, monkeypatch):
+    installed_from(None)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert "compiler: unset CXX (/nonexistent does not run), and then pip" in _distribution.why_missing(ABSENT)
+
+
 def test_a_native_library_that_does_not_load_is_told_with_its_error(installed_from):
     installed_from(None)
     reason = _distribution.why_missing(ImportError("undefined symbol: aoti_torch_x"))
