@@ -94,7 +94,7 @@ dist: setup
 newest-check: $(VENV)/newest.stamp
 	@PATH="$(CURDIR)/$(VENV)/newest/bin:$$PATH" $(VENV)/newest/bin/python setup.py -q build_ext --inplace
 	$(VENV)/newest/bin/python -m fastsam
-	$(VENV)/newest/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(VENV)/newest/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # With torch 2.7 there is no native library: foreach serves, and Triton 3.3 for GPUs, whose kernels are interpreted and compiled.
 composer-check: $(VENV)/composer.stamp

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastsam import FusedSAM
+from tests.oracle import PlainSAM
 
 timm_optim: Any = pytest.importorskip("timm.optim", reason="timm is not installed: make newest-check")
 timm_utils: Any = importlib.import_module("timm.utils")
@@ -23,35 +24,17 @@ def model_and_batch() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
 
 
-def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """Foret et al. 2021, Eq. 2, in plain torch."""
-    optimizer.zero_grad()
-    cross_entropy(model(x), y).backward()
-    params = list(model.parameters())
-    saved = [p.detach().clone() for p in params]
-    norm = torch.cat([p.grad.flatten() for p in params]).norm()
-    with torch.no_grad():
-        for p in params:
-            p.add_(RHO * p.grad / norm)
-    optimizer.zero_grad()
-    cross_entropy(model(x), y).backward()
-    with torch.no_grad():
-        for p, w in zip(params, saved, strict=True):
-            p.copy_(w)
-    optimizer.step()
-
-
 @pytest.mark.parametrize(
     "name", ["sgd", "adamw", "lamb", "lars", "muon", "nadamw", "adopt", "rmsproptf", "lookahead_adam"]
 )
-def test_equals_sam_by_hand(name: str) -> None:
+def test_equals_sam_in_plain_torch(name: str) -> None:
     model, x, y = model_and_batch()
     other = copy.deepcopy(model)
-    plain = timm_optim.create_optimizer_v2(other, opt=name, lr=0.01, weight_decay=0.01)
+    plain = PlainSAM(other, timm_optim.create_optimizer_v2(other, opt=name, lr=0.01, weight_decay=0.01), RHO)
     sam = FusedSAM(timm_optim.create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.01), rho=RHO)
     start = [p.detach().clone() for p in model.parameters()]
     for _ in range(8):
-        step_by_hand(other, plain, x, y)
+        plain.train(lambda: cross_entropy(other(x), y))
         cross_entropy(model(x), y).backward()
         sam.first_step(zero_grad=True)
         cross_entropy(model(x), y).backward()
@@ -65,16 +48,16 @@ def test_native_scaler_unscales_and_clips_the_second_gradient_alone() -> None:
     """The scale is a power of two: in fp64 it leaves the same numbers."""
     model, x, y = model_and_batch()
     other = copy.deepcopy(model)
-    plain = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    plain = PlainSAM(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), RHO)
 
     def clip(*_: Any) -> None:
         nn.utils.clip_grad_norm_(other.parameters(), 0.05)
 
-    plain.register_step_pre_hook(clip)
+    plain.base.register_step_pre_hook(clip)
     sam = FusedSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=RHO)
     scaler = timm_utils.NativeScaler(device="cpu")
     for _ in range(8):
-        step_by_hand(other, plain, x, y)
+        plain.train(lambda: cross_entropy(other(x), y))
         scaler(cross_entropy(model(x), y), sam, need_update=False)
         sam.first_step(zero_grad=True)
         scaler(cross_entropy(model(x), y), sam, clip_grad=0.05, parameters=model.parameters())

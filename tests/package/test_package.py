@@ -252,8 +252,8 @@ assert not optional & (set(sys.modules) - before)
 
 
 @functools.cache
-def report() -> dict[str, str]:
-    result = python("-m", "fastsam", cwd=ROOT)
+def report(**environment: str) -> dict[str, str]:
+    result = python("-m", "fastsam", cwd=ROOT, **environment)
     assert result.returncode == 0, result.stderr
     rows = [line.strip() for line in result.stdout.splitlines() if line.startswith("  ")]
     return dict(re.split(r"\s{2,}", row, maxsplit=1) for row in rows)
