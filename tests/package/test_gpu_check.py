@@ -117,13 +117,15 @@ def test_what_the_time_does_not_reach_is_said(tmp_path: Path, monkeypatch: pytes
     assert (found["slow"].state, found["never"].state) == ("failed", "not run")
 
 
-def test_jobs_run_together(tmp_path: Path) -> None:
-    """The first waits for the third."""
-    done = tmp_path / "done"
-    waits = f"import pathlib, time; [time.sleep(0.05) for _ in range(600) if not pathlib.Path({str(done)!r}).exists()]"
-    jobs = [quick("first", waits, 60), quick("second", "1"), quick("third", f"open({str(done)!r}, 'w')")]
-    assert list(run(tmp_path, jobs, processes=2)) == ["second", "third", "first"]
-    assert list(run(tmp_path, jobs, processes=1)) == ["first", "second", "third"]
+@pytest.mark.parametrize(("processes", "seconds", "state"), [(2, 60, "passed"), (1, 0.5, "failed")])
+def test_jobs_run_together(tmp_path: Path, processes: int, seconds: float, state: str) -> None:
+    """The first waits for the third, which one process at a time never reaches."""
+    done = f"pathlib.Path({str(tmp_path / 'done')!r})"
+    waits = f"import pathlib, time\nend = time.time() + {seconds}\nwhile time.time() < end and not {done}.exists(): "
+    waits += f"time.sleep(0.05)\nassert {done}.exists()"
+    jobs = [quick("first", waits, 90), quick("second", "1"), quick("third", f"import pathlib; {done}.touch()")]
+    found = run(tmp_path, jobs, processes=processes)
+    assert [found[job.name].state for job in jobs] == [state, "passed", "passed"]
 
 
 def test_failures_of_pytest_are_named_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
