@@ -68,7 +68,8 @@ arm-check: setup
 	CI=true $(VENV)/bin/python -m pytest tests/package/test_arm.py && command -v aarch64-linux-gnu-g++
 
 gpu-check:
-	$(GPU_PYTHON) tests/gpu/check.py --out build/gpu-check
+	$(GPU_PYTHON) tests/gpu/check.py first --out build/gpu-check; passed=$$?; \
+	$(GPU_PYTHON) tests/gpu/check.py second --out build/gpu-check-2 --again build/gpu-check/summary.json && exit $$passed
 
 cuda-build-check: setup $(VENV)/cuda.stamp
 	@echo "== building the wheel with both native libraries"

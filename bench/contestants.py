@@ -320,7 +320,39 @@ class InPlace(Copy):
         self.target.neg_()
 
 
+class Add(Copy):
+    """A copy by a kernel: on a GPU copy_ is the driver's, which need not be the fastest."""
+
+    def run(self) -> None:
+        torch.add(self.source, 0, out=self.target)
+
+
+class Restore(Copy):
+    """A copy by fastsam's own kernel, the restore of one parameter."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(numel, dtype, device)
+        target = nn.Parameter(self.target)
+        target.grad = self.source
+        self.sam = fastsam.FusedSAM([target], EmptyBase)
+        self.sam.first_step()
+        self.sam.restore()
+        ((self.backend, self.bucket),) = self.sam._state.perturbation.buckets
+        self.bucket.backup = self.source
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.backend.restore(self.bucket)
+        self.bucket.backup = self.source  # which restore lets go of
+
+
 YARDSTICKS: dict[str, type[Copy]] = {"copy": Copy, "in-place": InPlace}
+GPU_YARDSTICKS: dict[str, type[Copy]] = YARDSTICKS | {"add": Add, "restore": Restore}
+"""Each reads and writes one list. On a GPU the floor is what the fastest of them takes, on a CPU what a copy takes."""
+
+
+def yardsticks(device: torch.device) -> dict[str, type[Copy]]:
+    return GPU_YARDSTICKS if device.type == "cuda" else YARDSTICKS
 
 
 PEERS: dict[str, type[Contestant]] = {

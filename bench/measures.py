@@ -15,6 +15,8 @@ import fastsam
 from fastsam.__main__ import version_of
 
 ROOT = Path(__file__).parent.parent
+PEAKS = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12, "B200": 7.67e12}
+"""Bytes a second, of the GPUs whose names hold these words."""
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler writes two lines at each use
 
 
@@ -102,6 +104,12 @@ def commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that the memory of a GPU moves by its data sheet; None where this does not know it."""
+    name = device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -122,9 +122,11 @@ STEP_COLUMNS: dict[str, Callable[[Row], str]] = {
     "contestant": lambda row: row["contestant"],
     "device time": lambda row: duration(row.get("device_us")) + r"\*" * outruns_the_queue(row),
     "wall time": lambda row: duration(row["wall_us"]),
+    "host time": lambda row: duration(row.get("host_us")),
     "launches": lambda row: str(row.get("launches", "")),
     "GB/s": lambda row: f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
     "share of copy bandwidth": lambda row: percent(row.get("share_of_copy_bandwidth")),
+    "share of peak": lambda row: percent(row.get("share_of_peak")),
     "share of floor": lambda row: percent(row.get("share_of_floor")),
     "peak extra memory": lambda row: f"{row['extra_bytes'] / 1e6:.4g} MB" if "extra_bytes" in row else "",
 }

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.cases import Case
-from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, YARDSTICKS, Contestant, Copy
+from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, GPU_YARDSTICKS, Contestant, Copy, yardsticks
 from bench.inputs import GRADIENT_SETS, Inputs, Setting, Turn, check
-from bench.measures import available_memory, count_launches, extra_memory
+from bench.measures import available_memory, count_launches, extra_memory, peak_bandwidth
 from bench.results import Row
 from bench.timing import Samples, interleave, median_ratio, quartiles
 
@@ -18,7 +18,12 @@ WRONG = "wrong results"
 
 def memory_needed(case: Case, setting: Setting, kinds: Sequence[type[Contestant]]) -> int:
     """Bytes for the weights, the gradients, the yardsticks, and what the contestants hold and allocate."""
-    lists = 1 + GRADIENT_SETS + sum(kind.held for kind in YARDSTICKS.values()) + sum(kind.held for kind in kinds)
+    lists = (
+        1
+        + GRADIENT_SETS
+        + sum(kind.held for kind in yardsticks(setting.device).values())
+        + sum(kind.held for kind in kinds)
+    )
     # The check holds the saved weights besides.
     temporary = 1 + max(kind.temporary for kind in kinds)
     return case.numel * setting.dtype.itemsize * (lists + temporary)
@@ -88,8 +93,9 @@ def measure(
             found[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
         else:
             turns[name] = Turn(contestant, inputs.gradients, first=len(turns))
-    yardsticks = {name: kind(case.numel, setting.dtype, setting.device) for name, kind in YARDSTICKS.items()}
-    samples = interleave({**yardsticks, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
+    kinds = yardsticks(setting.device)
+    measured = {name: kind(case.numel, setting.dtype, setting.device) for name, kind in kinds.items()}
+    samples = interleave({**measured, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
     for name in samples:
         found.setdefault(name, {}).update(figures(case, setting, name, samples))
     return [describe(case, setting, name) | found[name] for name in found]
@@ -120,6 +126,7 @@ def describe_times(samples: Samples) -> Row:
     found: Row = {"rounds": len(samples.wall), "wall_us": microseconds(samples.wall)}
     if samples.device:
         found["device_us"] = microseconds(samples.device)
+        found["host_us"] = microseconds(samples.host)
     return found
 
 
@@ -130,18 +137,24 @@ def microseconds(seconds: Sequence[float]) -> list[float]:
 def figures(case: Case, setting: Setting, name: str, samples: dict[str, Samples]) -> Row:
     """Times of contestant `name` and what follows from them. Ratios are taken within a round, then their median."""
     own, copy = samples[name].best, samples[COPY].best
+    kinds = yardsticks(setting.device)
+    floor = COPY if setting.device.type == "cpu" else min(kinds, key=lambda kind: quartiles(samples[kind].best)[1])
     row = describe_times(samples[name])
-    passes = (YARDSTICKS | CONTESTANTS)[name].passes
+    passes = (GPU_YARDSTICKS | CONTESTANTS)[name].passes
     if passes is not None:
         moved = passes[setting.adaptive] * case.numel * setting.dtype.itemsize
         row["bytes"] = moved
         row["gb_per_s"] = round(moved / quartiles(own)[1] / 1e9, 3)
         row["share_of_copy_bandwidth"] = round(passes[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
-    if name in YARDSTICKS:
+        if (peak := peak_bandwidth(setting.device)) is not None:
+            row["share_of_peak"] = round(moved / quartiles(own)[1] / peak, 4)
+    if name in kinds:
         return row
-    row["share_of_floor"] = round(FLOOR_PASSES[setting.adaptive] / Copy.passes[0] * median_ratio(copy, own), 4)
+    row["floor"] = floor
+    fastest = samples[floor].best
+    row["share_of_floor"] = round(FLOOR_PASSES[setting.adaptive] / Copy.passes[0] * median_ratio(fastest, own), 4)
     if name.startswith(FASTSAM):
-        others = [other for other in samples if other not in (name, *YARDSTICKS)]
+        others = [other for other in samples if other not in (name, *kinds)]
         row["speedup_over"] = {other: round(median_ratio(samples[other].best, own), 3) for other in others}
         if samples[name].device:
             wall = samples[name].wall

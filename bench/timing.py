@@ -24,10 +24,11 @@ class Timed(Protocol):
 
 @dataclass
 class Samples:
-    """Seconds, one entry a round. `device` stays empty on CPU."""
+    """Seconds, one entry a round. `device` and `host`, each without the other, stay empty on CPU."""
 
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
 
     @property
     def best(self) -> list[float]:
@@ -47,7 +48,7 @@ class CudaClock:
     """Wall time with the device idle at both ends, then the device's own time.
 
     For the latter the device sleeps first, so that the host is ahead with its launches and gaps between kernels are the
-    device's, not Python's. The L2 cache is flushed before each.
+    device's, not Python's; the host's time is taken meanwhile. The L2 cache is flushed before each.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,9 @@ class CudaClock:
         self.flush.zero_()
         torch.cuda._sleep(int(min(1.5 * wall, MAX_HEAD_START) * CYCLES_PER_SECOND))
         self.start.record()
+        start = time.perf_counter_ns()
         contestant.run()
+        samples.host.append((time.perf_counter_ns() - start) * 1e-9)
         self.end.record()
         torch.cuda.synchronize()
         samples.device.append(self.start.elapsed_time(self.end) * 1e-3)

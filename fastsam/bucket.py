@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastsam.device import capturing, shared_zeros, upload
+from fastsam.device import capturing, shared_zeros, upload, wait_for
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import in_memory, is_dtensor, local, local_grad
 from fastsam.places import Places
@@ -39,7 +39,7 @@ class PointerTable:
     Attributes:
         tensor: the addresses, int64 ``[n]`` on the device.
         complete: whether none is 0.
-        in_a_graph: whether a CUDA graph ever took a table from here.
+        graphs: how many tables CUDA graphs took from here.
         refreshes: how often a table was written.
     """
 
@@ -50,7 +50,7 @@ class PointerTable:
         self.tensor = self._view if device.type == "cpu" else self._view.to(device)
         self._eager = self.tensor
         self._captured: list[int] | None = None
-        self.in_a_graph = False
+        self.graphs = 0
         self._behind = False  # the device may lack what the host's array says: an upload failed
         self.complete = all(pointers)
         self.refreshes = 1
@@ -65,13 +65,17 @@ class PointerTable:
         """Whether the last update went into a CUDA graph: nothing has written the table before a replay."""
         return self._captured is not None
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As torch's: another stream uses the memory."""
+        self._eager.record_stream(stream)
+
     def update(self, pointers: list[int]) -> None:
         """Writes `pointers` when they differ from those of the last call; as many as at construction."""
         if capturing(self._eager.device):
             self.tensor = torch.zeros_like(self._eager)
             torch._foreach_add_(self.tensor.unbind(), pointers)
             self._captured = pointers
-            self.in_a_graph = True
+            self.graphs += 1
             self.complete = all(pointers)
             self.refreshes += 1
             return
@@ -147,6 +151,7 @@ class ParameterBucket:
             that it is the last; 0 between launches.
         backup: the saved weights, ``[numel]``; None while nothing is saved (a backend may keep it).
         plan: what a backend keeps with the bucket.
+        stream: the CUDA stream of the last pass; elsewhere None.
         saved: int32 0-d on the device: `generation` once `backup` holds the weights of this step, which perturb writes;
             norm writes 0. So where perturb never ran, as in a CUDA graph's capture that failed, nothing is restored.
         generation: counts the calls of perturb; never 0.
@@ -212,6 +217,7 @@ class ParameterBucket:
         self.grads: list[Tensor | None] = []
         self.backup: Tensor | None = None
         self.plan: object = None
+        self.stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def moved(self) -> bool:
         """Whether a parameter has other memory, dtype, shape or strides than this bucket was laid out for."""
@@ -220,6 +226,24 @@ class ParameterBucket:
     def restorable(self) -> bool:
         """Whether the parameters are still what was perturbed, whatever their shapes."""
         return self._places.in_place(self._shards())
+
+    def follow(self) -> bool:
+        """Orders the coming pass after the last, where that ran on another CUDA stream: `with sam:` may be around it.
+
+        Returns:
+            Whether it did. Memory belongs to the stream that it was made on, and once it is freed that stream may use
+            it again: so whatever else the passes use has to be recorded for the new `stream` too.
+        """
+        if self.stream is None or (stream := torch.cuda.current_stream(self.device)) == self.stream:
+            return False
+        wait_for(self.stream)
+        self.weight_table.record_stream(stream)
+        self.grad_table.record_stream(stream)
+        staged = [self.weights[i] for i in self._staged]
+        for t in (self.chunks, self.partials, self.counter, self.saved, *staged):
+            t.record_stream(stream)
+        self.stream = stream
+        return True
 
     def gather(self) -> None:
         """Takes up this step's gradients, and the values of staged parameters. Writes to no parameter.
@@ -269,6 +293,7 @@ class ParameterBucket:
         for i, view in zip(self.live(), self.live_views(self.backup), strict=True):
             if i not in but:
                 local(self.params[i]).copy_(view)
+        self.free_backup()
         self._increment_versions()
 
     def live(self) -> list[int]:

@@ -7,7 +7,7 @@ from array import array
 import torch
 from torch import Tensor
 
-__all__ = ["capturing", "shared_zeros", "upload"]
+__all__ = ["capturing", "shared_zeros", "upload", "wait_for"]
 
 TYPE_CODES = {torch.int32: "i", torch.float32: "f", torch.float64: "d"}
 
@@ -42,3 +42,18 @@ def upload(target: Tensor, source: Tensor) -> None:
 def capturing(device: torch.device) -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def wait_for(stream: torch.cuda.Stream) -> None:
+    """Makes the current CUDA stream of `stream`'s device wait for what is queued there.
+
+    Not where one of the two is being captured into a CUDA graph: before a capture torch waits for the whole device, and
+    what is only captured runs at no time of its own.
+    """
+    with torch.cuda.device(stream.device):
+        current = torch.cuda.current_stream()
+        captured = torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(stream):
+            alike = torch.cuda.is_current_stream_capturing() == captured
+        if alike:
+            current.wait_stream(stream)

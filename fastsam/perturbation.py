@@ -46,6 +46,7 @@ class Perturbation:
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
+        self._on_cuda: list[ParameterBucket] = []
         self._in_graphs: list[object] = []  # what a CUDA graph reads and writes at every replay lives as long as this
         self._params: list[list[Tensor]] = []
         self._process_group: ProcessGroup | None = None
@@ -89,6 +90,8 @@ class Perturbation:
             self._process_group = process_group
             self._lay_out(groups)
             self._params = [list(_perturbed(group)) for group in groups]
+        for bucket in self._on_cuda:
+            self._follow(bucket)
         for _, bucket in self.buckets:
             bucket.gather()
         collective = self._shardings.collective
@@ -168,6 +171,8 @@ class Perturbation:
                     "second_step() is being captured into a CUDA graph, but first_step() ran before the capture, so "
                     "the graph would restore from memory that is freed: capture both, or neither"
                 )
+        for bucket in self._on_cuda:
+            self._follow(bucket)
         for backend, bucket in self.buckets:
             backup = bucket.backup
             if bucket.abandoned():
@@ -195,6 +200,8 @@ class Perturbation:
         if not any(written):
             self.restore()
             return False
+        for bucket in self._on_cuda:
+            self._follow(bucket)
         for (_, bucket), slots in zip(self.buckets, written, strict=True):
             if not bucket.abandoned():
                 bucket.restore_moved(but=slots)
@@ -208,6 +215,11 @@ class Perturbation:
         return len(groups) == len(self._params) and all(
             len(known) == len(params) and all(map(is_, known, params)) for known, params in pairs
         )
+
+    def _follow(self, bucket: ParameterBucket) -> None:
+        """Orders the coming pass after the last one, whatever CUDA streams they run on."""
+        if bucket.follow() and bucket.stream is not None:
+            self._scalars[bucket.device].record_stream(bucket.stream)
 
     def _lay_out(self, groups: list[Group]) -> None:
         slotted = {id(p) for _, bucket in self.buckets for p in bucket.params}
@@ -243,10 +255,11 @@ class Perturbation:
                 buckets.append(
                     (backend, ParameterBucket(params, indices, names, index, backend.chunk_size, self.direction))
                 )
-        if any(bucket.grad_table.in_a_graph for _, bucket in self.buckets):
+        if any(bucket.grad_table.graphs for _, bucket in self.buckets):
             self._in_graphs.append((self.buckets, self._scalars))
         self.buckets, self._scalars, self._slotless, self._options = buckets, scalars, slotless, None
         self._shardings, self._sharding_of = shardings, sharding_of
+        self._on_cuda = [bucket for _, bucket in buckets if bucket.stream is not None]
 
     def _set_options(self, groups: list[Group]) -> None:
         rho = [host_value(group["rho"]) for group in groups]
@@ -261,8 +274,9 @@ class Perturbation:
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
         signed = [r if sign > 0 else -r for r, sign in zip(rho, signs, strict=True)]
+        graphs = sum(bucket.grad_table.graphs for bucket in self._on_cuda)
         for scalars in self._scalars.values():
-            scalars.set_groups(signed, epsilon, adaptive)
+            scalars.set_groups(signed, epsilon, adaptive, graphs)
         self._options = None if on_device else options
 
     def _sum_over_ranks(self) -> Tensor:

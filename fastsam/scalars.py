@@ -27,7 +27,8 @@ class Scalars:
     """The scalars of one ascent step on one device: the inputs of every group, the norm and the scales.
 
     Everything stays on the device, so that neither the norm nor a changed ``rho`` is ever waited for. The tensors
-    keep their addresses for life: a captured CUDA graph reads and writes them again at every replay.
+    keep their addresses for life: a captured CUDA graph reads and writes them again at every replay. The options alone
+    get other memory when they change, so that a graph keeps those that it was captured with.
 
     Attributes:
         rho: ``rho`` of each group, ``[n_groups]``, `dtype`.
@@ -55,14 +56,24 @@ class Scalars:
         self.host = Host(rho, epsilon, square_sums, host_norm, scale)
         self.groups_adaptive: tuple[bool, ...] = (False,) * n_groups
         self._options: tuple[list[float], list[float], list[bool]] | None = None
+        self._graphs = 0
+        self._in_graphs: list[tuple[Tensor, ...]] = []
 
-    def set_groups(self, rho: list[float | Tensor], epsilon: list[float], adaptive: list[bool]) -> None:
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As torch's: another stream uses the memory."""
+        for t in (self.rho, self.epsilon, self.adaptive, self.square_sums, self.norm, self.scale):
+            t.record_stream(stream)
+
+    def set_groups(
+        self, rho: list[float | Tensor], epsilon: list[float], adaptive: list[bool], graphs: int = 0
+    ) -> None:
         """Brings the groups' options to the device; copies only what changed since the last call.
 
         Args:
             rho: a float or a 0-d tensor for each group; a tensor is copied at every call, without a synchronisation.
             epsilon: a float for each group.
             adaptive: a bool for each group.
+            graphs: how many steps were captured into CUDA graphs so far.
 
         Raises:
             RuntimeError: a float or bool changed since the last call, and a CUDA graph is being captured.
@@ -76,6 +87,11 @@ class Scalars:
                     "step with them first; or make rho a 0-d tensor on the device, which a graph reads at every replay"
                 )
             before, self._options = self._options or ([], [], []), None  # an upload may fail
+            if graphs != self._graphs:
+                kept = self.rho, self.epsilon, self.adaptive
+                self._in_graphs.append(kept)
+                self.rho, self.epsilon, self.adaptive = map(torch.clone, kept)
+                self._graphs = graphs
             for target, values, old in zip((self.rho, self.epsilon, self.adaptive), options, before, strict=True):
                 if values != old:
                     upload(target, torch.tensor(values, dtype=target.dtype, device="cpu"))

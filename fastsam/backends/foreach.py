@@ -160,6 +160,7 @@ class _Plan:
 
     Attributes:
         live: the slots.
+        stream: the CUDA stream that its memory belongs to; elsewhere None.
         blocks: of the ascent.
         saved: how many of `blocks` the backup holds, from the first on.
         one: 1, 0-d, of the bucket's dtype.
@@ -168,6 +169,7 @@ class _Plan:
 
     def __init__(self, bucket: ParameterBucket) -> None:
         self.live = bucket.live()
+        self.stream = bucket.stream
         self.saved = 0
         self.one = torch.ones((), dtype=bucket.dtype, device=bucket.device)
         self.wide = torch.float64 if bucket.dtype is torch.float64 else torch.float32
@@ -317,9 +319,9 @@ def _on_cpu(bucket: ParameterBucket) -> bool:
 
 
 def _plan(bucket: ParameterBucket) -> _Plan:
-    """That of the last step, where the same slots live."""
+    """That of the last step, where the same slots live, on the same stream."""
     plan = bucket.plan
-    if not (isinstance(plan, _Plan) and plan.live == bucket.live()):
+    if not (isinstance(plan, _Plan) and plan.live == bucket.live() and plan.stream == bucket.stream):
         bucket.plan = plan = _Plan(bucket)
     return plan
 

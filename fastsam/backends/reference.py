@@ -32,7 +32,7 @@ def chunk_size(numel: int) -> int:
 def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     bucket.set_saved(0)
-    bucket.backup = None
+    bucket.free_backup()
     square_sum = torch.zeros_like(scalars.square_sums[bucket.index])
     for group, w, g in bucket.terms():
         term = g
@@ -77,7 +77,7 @@ def restore(bucket: ParameterBucket) -> None:
         return
     for w, view in zip(bucket.live_weights(), bucket.live_views(backup), strict=True):
         w.copy_(view)
-    bucket.backup = None
+    bucket.free_backup()
 
 
 def widen(w: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import fastsam
-from bench import __main__ as command_line, driver, plots, results, step_suite, timing
+from bench import __main__ as command_line, driver, kernels, measures, plots, results, step_suite, timing
 from bench.cases import DATA, Case, all_cases
-from bench.contestants import CONTESTANTS, Contestant, EmptyBase, ForeachKept
+from bench.contestants import CONTESTANTS, GPU_YARDSTICKS, Contestant, EmptyBase, ForeachKept
 from bench.inputs import Inputs, Setting, Turn, check, set_gradients
 from bench.measures import allocations
 from bench.plan import SLOW_START
 from fastsam import places
+from fastsam.backends import reference
 
 CPU = torch.device("cpu")
 CASE = Case("few", "few", "small", ((7, 5), (), (0,), (129,), (3, 2, 2)))
@@ -340,6 +341,47 @@ def test_python_calls_of_a_step() -> None:
     assert few == many
     assert sum(few.values()) == 61
     assert many_in_c - few_in_c == {"setattr": 36}
+
+
+def test_every_yardstick_reads_and_writes_one_list() -> None:
+    for name, kind in GPU_YARDSTICKS.items():
+        yardstick = kind(1000, torch.float32, torch.device("cpu"))
+        before = yardstick.target.clone()
+        for _ in range(2):
+            if name != "in-place":
+                yardstick.target.zero_()
+            yardstick.run()
+            assert torch.equal(yardstick.target, -before if name == "in-place" else yardstick.source), name
+            before = yardstick.target.clone()
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 4.8e12), ("NVIDIA Thing", None)])
+def test_on_a_gpu_the_floor_is_the_fastest_yardstick(name: str, peak: float | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(measures, "device_name", lambda device: name)
+    times = {"copy": 4.0, "in-place": 3.0, "add": 2.0, "restore": 2.5, "fastsam-cpp": 10.0}
+    samples = {k: timing.Samples(wall=[20.0] * 3, device=[t] * 3, host=[1.0] * 3) for k, t in times.items()}
+    case = Case("small", "small", "small", ((1000,),))
+    setting = Setting(torch.float32, False, 1, torch.device("cuda"))
+    row = step_suite.figures(case, setting, "fastsam-cpp", samples)
+    assert (row["floor"], row["share_of_floor"]) == ("add", 0.7)
+    assert row["share_of_copy_bandwidth"] == 1.4
+    assert row["host_us"][1] == 1e6
+    assert row.get("share_of_peak") == (None if peak is None else round(28_000 / 10 / peak, 4))
+    assert "floor" not in step_suite.figures(case, setting, "add", samples)
+
+
+def test_a_candidate_changes_a_backend_while_it_is_applied() -> None:
+    before = reference.chunk_size(100)
+    with kernels.Shape("fastsam-reference", (("chunk_size", 7),)).applied():
+        assert reference.chunk_size(100) == 7
+    assert reference.chunk_size(100) == before
+    with kernels.Shape("fastsam-reference").applied():
+        assert reference.chunk_size(100) == before
+
+
+def test_the_step_suite_needs_no_data_set() -> None:
+    code = "import sys; sys.modules['sklearn'] = sys.modules['matplotlib'] = None; import bench.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_foreach_is_measured_without_the_native_library() -> None:

@@ -1,7 +1,7 @@
 """Tests that need a CUDA device: all in this folder. `make gpu-check` runs them where there is one.
 
-FASTSAM_TEST_BACKEND leaves those of one backend, or with "none" those that name no backend: after an error that breaks
-the CUDA context every later test of that process fails, so check.py gives each backend a process.
+FASTSAM_TEST_BACKEND leaves those of "triton", of "cuda", or with "others" the rest: after an error that breaks the CUDA
+context every later test of that process fails, so check.py gives each of these a process.
 """
 
 import os
@@ -12,14 +12,16 @@ import torch
 
 from fastsam import backends
 
-BACKENDS = ["triton", "cuda", "foreach"]
+BACKENDS = ["triton", "cuda", "foreach", "reference"]
 
 
 def backend_of(item: pytest.Item) -> str:
-    """The backend that `item` is a test of, as its fixtures say, or "none"."""
+    """Which backend with kernels `item` is a test of, as its fixtures say, or "others"."""
     callspec = getattr(item, "callspec", None)
     params = callspec.params if callspec is not None else {}
-    return next((params[name] for name in params if name.endswith("backend") and params[name] in BACKENDS), "none")
+    return next(
+        (params[name] for name in params if name.endswith("backend") and params[name] in BACKENDS[:2]), "others"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,22 +37,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in others]
 
 
+def usable(request: pytest.FixtureRequest) -> str:
+    reason = backends.missing(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param} is missing: {reason}")
+    return request.param
+
+
 @pytest.fixture(params=BACKENDS)
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that serves CUDA tensors."""
+    return usable(request)
+
+
+@pytest.fixture(params=BACKENDS[:3])
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Every backend that serves CUDA tensors, the reference excepted."""
-    reason = backends.missing(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param} is missing: {reason}")
-    return request.param
+    return usable(request)
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=BACKENDS[:2])
 def fused_backend(request: pytest.FixtureRequest) -> str:
     """The backends with kernels of their own."""
-    reason = backends.missing(request.param)
-    if reason is not None:
-        pytest.skip(f"backend {request.param} is missing: {reason}")
-    return request.param
+    return usable(request)
 
 
 @pytest.fixture

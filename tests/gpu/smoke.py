@@ -1,4 +1,4 @@
-"""One backend in a minute: each dtype once, perturb and restore to the bit, and one time beside its floor.
+"""One backend in a minute: each dtype once, perturb and restore to the bit, and one time beside floor and peak.
 
 python tests/gpu/smoke.py BACKEND DEVICE
 """
@@ -11,6 +11,8 @@ import warnings
 import torch
 from torch import nn
 
+from bench.contestants import Copy, yardsticks
+from bench.measures import peak_bandwidth
 from fastsam import FusedSAM
 from tests.oracle import DTYPES, NORM_TOLERANCE, assert_perturbed, copies, norm64, perturbed, same_bits
 
@@ -57,16 +59,22 @@ def seconds(action, device: str) -> float:
 def timing(backend: str, device: str) -> str:
     w = nn.Parameter(torch.randn(NUMEL[device], device=device))
     w.grad = torch.randn_like(w)
-    target, source = torch.empty_like(w.grad), torch.randn_like(w.grad)
     sam = FusedSAM([w], torch.optim.SGD, lr=0.1, rho=RHO, backend=backend)
 
     def ascend() -> None:
         sam.first_step()
         sam.restore()
 
-    floor = seconds(lambda: target.copy_(source), device) * 7 / 2  # a step reads and writes 7 lists, a copy 2
+    here = torch.device(device)
+    kinds = yardsticks(here) if device == "cuda" else {"copy": Copy}
+    copies = {name: seconds(kind(NUMEL[device], torch.float32, here).run, device) for name, kind in kinds.items()}
+    name = min(copies, key=copies.__getitem__)
+    floor = copies[name] * 7 / 2  # a step reads and writes 7 lists, a yardstick 2
     measured = seconds(ascend, device)
-    return f"{NUMEL[device]:.0e} fp32: {measured * 1e6:.0f} us, floor {floor * 1e6:.0f} us ({floor / measured:.0%})"
+    peak = peak_bandwidth(here)
+    of_peak = "" if peak is None else f", {7 * w.nbytes / measured / peak:.0%} of the peak"
+    found = f"{NUMEL[device]:.0e} fp32: {measured * 1e6:.0f} us, floor ({name}) {floor * 1e6:.0f} us"
+    return f"{found} ({floor / measured:.0%}){of_peak}"
 
 
 def main(backend: str, device: str) -> None:

@@ -1,6 +1,7 @@
 """CUDA graphs and torch.compile around a step."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ class Training:
         self.lr = torch.tensor(1e-2, device=DEVICE)
         base = torch.optim.Adam(self.model.parameters(), lr=self.lr, capturable=True)
         self.sam = FusedSAM(base, rho=self.rho, adaptive=adaptive, backend=backend, **options)
+        self.side = torch.cuda.Stream()  # of the warm-up
 
     def step(self):
         self.first_half()
@@ -56,12 +58,11 @@ class Training:
 
     def warm_up(self):
         """On a stream of its own, as torch asks before a capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             for _ in range(3):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
 
     def capture(self, steps=1, pool=None):
         graph = torch.cuda.CUDAGraph()
@@ -114,6 +115,42 @@ def test_replays_and_eager_steps_may_alternate(trainings):
             assert kept
         eager.step()
         assert same_bits(captured.weights(), eager.weights())
+
+
+def test_a_replay_leaves_the_addresses_of_the_steps_outside(trainings):
+    """Nothing else is allocated: the gradients of the eager steps lie where they lay, so no table is written anew."""
+    captured, eager = trainings
+    graph = captured.capture()
+    for _ in range(3):
+        for step in (graph.replay, captured.step):
+            step()
+            eager.step()
+            assert same_bits(captured.weights(), eager.weights())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replays_and_eager_steps_on_any_stream(fused_backend, seed):
+    rng = random.Random(seed)
+    captured, eager = (Training(fused_backend) for _ in range(2))
+    for training in (captured, eager):
+        training.warm_up()
+    graph = captured.capture()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    last, kept = torch.cuda.current_stream(), []
+    for settings in SETTINGS * 2:
+        stream = rng.choice(streams)
+        stream.wait_stream(last)
+        with torch.cuda.stream(stream):
+            captured.set(*settings)
+            rng.choice([graph.replay, captured.step])()
+        last = stream
+        with torch.cuda.stream(rng.choice([*streams, captured.side])):
+            kept.append([torch.full((n,), -1, device=DEVICE) for n in (1, 4, 64, 512, 40_000) for _ in range(4)])
+        eager.set(*settings)
+        eager.step()
+    torch.cuda.synchronize()
+    assert same_bits(captured.weights(), eager.weights())
+    assert all(bool((t == -1).all()) for some in kept for t in some)
 
 
 def test_two_graphs_of_one_optimizer(trainings):
@@ -231,8 +268,10 @@ def test_a_graph_outlives_a_new_layout(trainings):
         training.sam.add_param_group({"params": [late], "rho": training.rho})
         late.grad = torch.ones_like(late)
         training.step()
-    # Whatever was freed is written to.
-    taken = [torch.full((n,), -1, dtype=torch.int64, device=DEVICE) for n in (1, 64, 512, 4096) for _ in range(50)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(captured.side):  # whatever was freed of its memory is written to
+        taken = [torch.full((n,), -1, dtype=torch.int64, device=DEVICE) for n in (1, 64, 512, 4096) for _ in range(50)]
+    torch.cuda.synchronize()
     for i, settings in enumerate(SETTINGS):
         for training in trainings:
             training.set(*settings)
@@ -283,6 +322,63 @@ def test_a_capture_of_second_step_alone_is_an_error(fused_backend):
         training.sam.second_step()
     training.sam.restore()
     assert same_bits(training.weights(), before)
+
+
+@pytest.mark.parametrize("between", ["nothing", "a new layout"])
+def test_a_graph_keeps_the_options_that_it_was_captured_with(fused_backend, between):
+    """But for a rho that is a tensor on the device, which it reads at every replay."""
+    w, v = (nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(2))
+    rho = torch.tensor(1.0, device=DEVICE)
+    groups = [{"params": [w], "rho": 1.0}, {"params": [v], "rho": rho}]
+    sam = FusedSAM(groups, torch.optim.SGD, lr=0.0, epsilon=0.0, backend=fused_backend)
+    e_w, e_v = torch.zeros(2, 4, device=DEVICE)
+
+    def step():
+        (w * 1.0 + v * 1.0).sum().backward()
+        norm = 8**0.5
+        sam.first_step(zero_grad=True)
+        e_w.copy_((w.detach() - 1) * norm)
+        e_v.copy_((v.detach() - 1) * norm)
+        (w * 1.0 + v * 1.0).sum().backward()
+        sam.second_step(zero_grad=True)
+
+    def found(action):
+        action()
+        return float(e_w.mean()), float(e_v.mean())
+
+    def capture():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph
+
+    first = capture()
+    assert found(first.replay) == pytest.approx((1.0, 1.0), rel=1e-5)
+    if between == "a new layout":
+        late = nn.Parameter(torch.ones(2, device=DEVICE))
+        sam.add_param_group({"params": [late], "rho": 0.0})
+        late.grad = torch.zeros_like(late)
+        sam.first_step()
+        sam.restore()
+    sam.param_groups[0]["rho"] = 3.0
+    rho.fill_(5.0)
+    assert found(first.replay) == pytest.approx((1.0, 5.0), rel=1e-5)
+    assert found(step) == pytest.approx((3.0, 5.0), rel=1e-5)
+    assert found(first.replay) == pytest.approx((1.0, 5.0), rel=1e-5)
+    second = capture()
+    for group in sam.param_groups:
+        group["epsilon"] = 8**0.5
+    rho.fill_(7.0)
+    assert found(step) == pytest.approx((1.5, 3.5), rel=1e-5)
+    for _ in range(2):
+        assert found(first.replay) == pytest.approx((1.0, 7.0), rel=1e-5)
+        assert found(second.replay) == pytest.approx((3.0, 7.0), rel=1e-5)
+        assert found(step) == pytest.approx((1.5, 3.5), rel=1e-5)
 
 
 def test_options_that_changed_before_a_capture_are_an_error(fused_backend):

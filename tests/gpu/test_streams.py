@@ -1,5 +1,9 @@
 """Streams, devices and waiting: kernels run where the caller is, nobody waits, and no memory is used again too soon."""
 
+import gc
+import random
+from contextlib import nullcontext, suppress
+
 import pytest
 import torch
 from torch import nn
@@ -30,8 +34,9 @@ def expected_ascent(params, backend="reference"):
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     for twin, p in zip(twins, params, strict=True):
         twin.grad = p.grad
-    FusedSAM(twins, torch.optim.SGD, rho=0.3, backend=backend, lr=0.1).first_step()
-    return copies(twins)
+    sam = FusedSAM(twins, torch.optim.SGD, rho=0.3, backend=backend, lr=0.1)
+    sam.first_step()
+    return copies(twins)  # while sam is held: one that is collected restores
 
 
 def test_nothing_waits_for_the_device(gpu_backend):
@@ -84,6 +89,7 @@ def test_the_current_stream_is_used(gpu_backend):
         sam.first_step()
     side.synchronize()
     found = copies(params)
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         sam.restore()
     side.synchronize()
@@ -108,20 +114,120 @@ def test_restore_runs_on_the_current_stream(gpu_backend):
     assert same_bits(params, before)
 
 
-def test_the_backup_outlives_a_restore_on_another_stream(fused_backend):
-    params, sam = make(fused_backend, numel=1_000_000)
+@pytest.mark.parametrize("how", ["by the caller", "after a move"])
+def test_the_backup_outlives_a_restore_on_another_stream(any_backend, how):
+    params, sam = make(any_backend, numel=1_000_000)
     before = copies(params)
     side = torch.cuda.Stream()
     sam.first_step()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        if how == "after a move":
+            for p in params:
+                p.data = p.data.clone()
         torch.cuda._sleep(LONG)
         sam.restore()
+    del sam
     # The first stream takes what memory it can get, and writes to it before the restore has run.
     taken = [torch.full_like(p, float("nan")) for p in params for _ in range(4)]
     torch.cuda.synchronize()
     assert same_bits(params, before)
     assert taken
+
+
+@pytest.mark.parametrize("how", ["by with", "by collection", "after a move"])
+def test_restore_waits_for_a_perturb_on_another_stream(any_backend, how):
+    """As an exception, Ctrl-C or a signal leads out of a block on a side stream, and nobody waits for it."""
+    params, sam = make(any_backend)
+    ascend(sam)
+    torch.cuda.synchronize()
+    before = copies(params)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with suppress(ZeroDivisionError), sam if how == "by with" else nullcontext(), torch.cuda.stream(side):
+        torch.cuda._sleep(LONG)
+        sam.first_step()
+        if how == "after a move":
+            for p in params:
+                p.data = p.data.clone()
+        raise ZeroDivisionError
+    if how == "by collection":
+        with pytest.warns(UserWarning, match="was deleted while the weights were perturbed"):
+            del sam
+            gc.collect()
+    elif how == "after a move":
+        sam.restore()
+    torch.cuda.current_stream().synchronize()  # whatever waits for `side` runs after what does not
+    torch.cuda.synchronize()
+    assert same_bits(params, before)
+
+
+@pytest.mark.parametrize("how", ["deleted", "laid out anew"])
+def test_tables_outlive_a_step_on_another_stream(any_backend, how):
+    """They belong to the stream of the first step, as of a warm-up, which may use their memory again."""
+    params, sam = make(any_backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ascend(sam)
+    torch.cuda.synchronize()
+    before = copies(params)
+    torch.cuda._sleep(LONG)
+    ascend(sam)
+    if how == "laid out anew":
+        late = nn.Parameter(torch.ones(50, device=DEVICE))
+        late.grad = torch.ones_like(late)
+        sam.add_param_group({"params": [late]})
+        ascend(sam)
+    else:
+        del sam
+        gc.collect()
+    with torch.cuda.stream(side):
+        sizes = (1, 3, 12, 64, 512, 4096, 20_000)
+        taken = [torch.full((n,), 7, dtype=torch.int64, device=DEVICE) for n in sizes for _ in range(20)]
+    side.synchronize()
+    torch.cuda.synchronize()
+    assert same_bits(params, before)
+    assert all(bool((t == 7).all()) for t in taken)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_halves_of_steps_on_any_stream(gpu_backend, seed):
+    """Each after the last, as CUDA asks of whoever changes the stream; other streams take what memory is freed."""
+    rng = random.Random(seed)
+    params, sam = make(gpu_backend, numel=rng.choice([7, 5000]))
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    twin = FusedSAM(twins, torch.optim.SGD, rho=0.3, backend=gpu_backend, lr=0.1)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    last, kept = torch.cuda.current_stream(), []
+    torch.cuda.synchronize()
+    for step in range(6):
+        grads = [[torch.full_like(p, rng.random()) for p in params] for _ in range(2)]
+        kept.append(grads)  # a stream may read them that their memory does not belong to
+        for p, twin_p, g in zip(params, twins, grads[0], strict=True):
+            p.grad = twin_p.grad = None if step == 3 and p is params[0] else g
+        torch.cuda.synchronize()
+        twin.first_step()
+        expected = [*copies(twins), twin.grad_norm]
+        for half in (sam.first_step, sam.second_step):
+            stream = rng.choice(streams)
+            stream.wait_stream(last)
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(LONG // 30)
+                half()
+                if sam.perturbed:
+                    found = [*copies(params), sam.grad_norm]
+            last = stream
+            with torch.cuda.stream(rng.choice(streams)):
+                kept.append([torch.full((n,), -1, device=DEVICE) for n in (1, 64, 512, 5000, 20_000) for _ in range(4)])
+            for p, g in zip(params, grads[1], strict=True):
+                p.grad = g
+        torch.cuda.synchronize()
+        assert same_bits(found, expected)
+        for twin_p, g in zip(twins, grads[1], strict=True):
+            twin_p.grad = g
+        twin.second_step()
+        assert same_bits(params, twins)
 
 
 def test_many_tables_in_flight(fused_backend):

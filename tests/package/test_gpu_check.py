@@ -4,21 +4,21 @@ import ast
 import json
 import re
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.gpu import check, mutants, smoke
-from tests.gpu.check import COMMANDS, PARTS, Job, pytest_job, python, run_parts
+from tests.gpu.check import COMMANDS, SECONDS, Job, marked, python
 
 ROOT = Path(__file__).parents[2]
 GPU_TESTS = """
 import pytest
 pytestmark = pytest.mark.gpu
 def test_right(): pass
-def test_wrong(): assert 1 == 2, "one is not two"
+@pytest.mark.parametrize("how", ["by chance - or not"])
+def test_wrong(how): assert 1 == 2, "one is not two"
 def test_skipped(): pytest.skip("not today")
 """
 HANGS = """
@@ -34,11 +34,9 @@ def quick(name: str, code: str, seconds: float = 30.0) -> Job:
     return python(name, "-S", "-c", code, seconds=seconds)
 
 
-def run(out: Path, *parts: tuple[str, list[Job], float]) -> dict[str, check.Result]:
+def run(out: Path, jobs: list[Job], seconds: float = 60, processes: int = 2) -> dict[str, check.Result]:
     results: list[check.Result] = []
-    lazy = [(part, lambda jobs=jobs: iter(jobs), seconds) for part, jobs, seconds in parts]
-    run_parts(lazy, out, time.monotonic(), results)
-    assert [r["job"] for r in json.loads((out / "summary.json").read_text())] == [r.job for r in results]
+    check.run(jobs, processes, time.monotonic() + seconds, out / "first.log", results.append)
     return {result.job: result for result in results}
 
 
@@ -47,42 +45,45 @@ def is_running(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_each_command_fits_the_borrowed_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def listed(call: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert check.main([call, "--list"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_both_calls_fit_the_fifteen_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        check.parse(["--help"])
+        check.main(["--help"])
     texts = capsys.readouterr().out, (ROOT / "docs" / "install.md").read_text()
-    named = []
+    assert "fifteen minutes" in texts[0]
     for command in COMMANDS:
         assert len(command) <= 2000
         assert all(command in text for text in texts)
-        options = check.parse(command.split()[2:])
-        assert sum(PARTS[part] for part in options.parts) + check.GRACE <= 580
-        named += options.parts
-    assert set(named) == set(PARTS) == set(check.JOBS)
+    starts, most_a_call = 2 * 120, 600
+    assert sum(SECONDS.values()) + starts <= 15 * 60
+    assert all(seconds + check.GRACE < most_a_call for seconds in SECONDS.values())
+    alone, _ = check.first(Path("out"))
+    assert sum(job.seconds for job in alone if job.name != "build") < SECONDS["first"]
+    figures = sum(job.seconds for job in alone if job.name in ("bench", "kernels"))
+    assert figures <= 150
 
 
 def test_every_file_with_gpu_tests_is_run_once_a_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    check.main(["--list", "--parts", "tests,graphs,frameworks"])
-    lines = capsys.readouterr().out.splitlines()
-    gpu_files = list((ROOT / "tests" / "gpu").glob("test_*.py"))
-    for path in gpu_files:
-        of_path = [line for line in lines if f"tests/gpu/{path.name}" in line]
-        part = {"test_graphs": "graphs", "test_distributed": "frameworks"}.get(path.stem, "tests")
-        names = [f"{part}/{path.stem}-{backend}" for backend in ("triton", "cuda", "foreach", "none")]
-        if path.stem in ("test_graphs", "test_streams"):
-            names += [f"{part}/expandable-{path.stem}-{backend}" for backend in ("triton", "cuda")]
-        assert [line.partition(":")[0] for line in of_path] == names
-    assert not [line for line in lines if "tests/package/" in line]  # it has none, and a job without a test fails
+    lines = listed("first", capsys)
     for path in (ROOT / "tests").rglob("test_*.py"):
-        if "pytest.mark.gpu" in path.read_text() and path not in gpu_files and path.parent != Path(__file__).parent:
-            assert any(path.stem in line for line in lines), path
+        of_path = [line.partition(":")[0] for line in lines if re.search(rf"\b{path.stem}\.py|tests/kernels ", line)]
+        if path.parent.name == "gpu":
+            stem = path.stem.removeprefix("test_")
+            names = [f"{stem}-{backend}" for backend in ("triton", "cuda", "others")]
+            assert [name for name in of_path if name.startswith(stem)] == names
+        elif "pytest.mark.gpu" in path.read_text() and path.parent != Path(__file__).parent:
+            assert of_path, path
+    assert not [line for line in lines if "tests/package/" in line]  # it has none, and a job without a test fails
 
 
 def test_one_backend_of_a_file(tmp_path: Path) -> None:
-    job = pytest_job("tests/gpu/test_steps.py", "triton")
-    job.command = [*job.command, "--collect-only"]
-    assert check.run(job, "tests", tmp_path, 60).state == "passed"
-    found = [line for line in (tmp_path / "tests.log").read_text().splitlines() if "test_steps.py::" in line]
+    job = marked("steps", "tests/gpu/test_steps.py", "--collect-only", backend="triton")
+    assert run(tmp_path, [job])["steps"].state == "passed"
+    found = [line for line in (tmp_path / "first.log").read_text().splitlines() if "test_steps.py::" in line]
     assert found
     assert all("[triton" in line for line in found)
 
@@ -93,73 +94,91 @@ def test_a_job_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: p
         quick("wrong", "import sys; print('figure: 7'); sys.exit('why')"),
         quick("hangs", HANGS, seconds=1.5),
         quick("crashes", "import os; os.abort()"),
-        Job("peer", left_out="not installed"),
         quick("right", "print('figure: 3 us')"),
     ]
-    found = run(tmp_path, ("smoke", jobs, 60), ("graphs", [quick("late", "print(1)")], 60))
-    states = {name: (result.state, result.reason) for name, result in found.items() if name != "all"}
-    assert states == {
+    found = run(tmp_path, jobs)
+    assert {name: (result.state, result.reason) for name, result in found.items()} == {
         "wrong": ("failed", "status 1"),
         "hangs": ("failed", "stopped after 2 s"),
         "crashes": ("failed", "signal 6"),
-        "peer": ("left out", "not installed"),
         "right": ("passed", ""),
-        "late": ("passed", ""),
     }
-    assert found["wrong"].figures == ["7"]
-    assert "why" in found["wrong"].failures
+    assert found["wrong"].figures[0] == "7"
+    assert "why" in found["wrong"].figures
     assert found["right"].figures == ["3 us"]
-    child = next(line for line in (tmp_path / "smoke.log").read_text().splitlines() if line.startswith("child "))
+    child = next(line for line in (tmp_path / "first.log").read_text().splitlines() if line.startswith("child "))
     assert not is_running(int(child.split()[1]))
-    assert found["all"].state == "failed"  # of graphs, which ran no test
 
 
-def test_what_the_parts_time_does_not_reach_is_said(tmp_path: Path) -> None:
+def test_what_the_time_does_not_reach_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "GRACE", 0.3)
     jobs = [quick("slow", "import time; time.sleep(60)"), quick("never", "print(1)")]
-    found = run(tmp_path, ("smoke", jobs, 0.7), ("build", [quick("next", "print(1)")], 30))
-    assert found["slow"].state == "failed"
-    assert found["never"].state == "not run"
-    assert check.failed([found["never"]])
-    assert found["next"].state == "passed"
+    found = run(tmp_path, jobs, seconds=1.0, processes=1)
+    assert (found["slow"].state, found["never"].state) == ("failed", "not run")
 
 
-def test_failures_of_pytest_are_named(tmp_path: Path) -> None:
-    (tmp_path / "test_fake.py").write_text(GPU_TESTS)
-    (tmp_path / "test_empty.py").write_text("")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    no_plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # they take seconds to load
-    jobs = [pytest_job(str(tmp_path / f"test_{name}.py"), **no_plugins) for name in ("fake", "empty")]
-    found = run(tmp_path, ("frameworks", jobs, 60))
-    fake = found["test_fake"]
-    assert (fake.state, fake.passed, fake.skipped, len(fake.failures)) == ("failed", 1, 1, 1)
-    assert "test_wrong" in fake.failures[0]
-    assert "one is not two" in fake.failures[0]
-    assert found["test_empty"].state == "failed"  # nothing says that it may be empty
-    with zipfile.ZipFile(tmp_path / "junit.zip") as archive:
-        assert archive.namelist() == ["frameworks-test_fake.xml", "frameworks-test_empty.xml"]
+@pytest.mark.parametrize(("processes", "seconds", "state"), [(2, 60, "passed"), (1, 0.5, "failed")])
+def test_jobs_run_together(tmp_path: Path, processes: int, seconds: float, state: str) -> None:
+    """The first waits for the third, which one process at a time never reaches."""
+    done = f"pathlib.Path({str(tmp_path / 'done')!r})"
+    waits = f"import pathlib, time\nend = time.time() + {seconds}\nwhile time.time() < end and not {done}.exists(): "
+    waits += f"time.sleep(0.05)\nassert {done}.exists()"
+    jobs = [quick("first", waits, 90), quick("second", "1"), quick("third", f"import pathlib; {done}.touch()")]
+    found = run(tmp_path, jobs, processes=processes)
+    assert [found[job.name].state for job in jobs] == [state, "passed", "passed"]
 
 
-def test_a_log_that_is_too_long_keeps_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_pytest_are_named_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("fake", GPU_TESTS), ("empty", "")):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -ra\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take seconds to load
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    jobs = [marked(name, f"test_{name}.py") for name in ("fake", "empty")]
+    found = run(tmp_path, [*jobs, marked("may be", "test_empty.py", may_be_empty=True)])
+    fake = found["fake"]
+    assert (fake.state, fake.passed, len(fake.red)) == ("failed", 1, 1)
+    assert "test_wrong" in fake.red[0]
+    assert "one is not two" in fake.red[0]
+    assert found["empty"].state == "failed"  # nothing says that it may be empty
+    assert found["may be"].state == "no tests"
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps([vars(result) for result in found.values()]))
+    again = next(job for job in check.second(summary)[1] if job.name == "again-fake")
+    result = run(tmp_path, [again])["again-fake"]
+    assert (result.passed, result.red) == (0, fake.red)
+
+
+def test_a_log_that_is_too_long_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LOG_BYTES", 1000)
-    jobs = [quick("long", "print('begin'); print('x' * 9000); print('figure: end')"), quick("next", "print('after')")]
-    assert run(tmp_path, ("build", jobs, 30))["long"].figures == ["end"]
-    text = (tmp_path / "build.log").read_text()
-    assert len(text) < 3000
-    assert "begin" in text
+    jobs = [quick("long", "print('x' * 9000); print('figure: end')"), quick("next", "print('after')")]
+    assert run(tmp_path, jobs, processes=1)["long"].figures == ["end"]
+    text = (tmp_path / "first.log").read_text()
+    assert len(text) < 2000
     assert text.endswith("after\n")
 
 
-def test_the_summary_fits_the_end_of_an_output() -> None:
-    results = [check.Result("tests", f"job{i}", "failed", failures=["x" * 300] * 50) for i in range(30)]
-    text = check.summary(results)
-    assert len(text) <= check.SUMMARY_CHARACTERS
-    assert all(f"tests/job{i}: failed" in text for i in range(30))
+def test_all_jobs_fit_the_end_of_an_output(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [check.Result(f"job{i}", "failed", red=["x" * 300] * 50) for i, _ in enumerate(listed("first", capsys))]
+    text = "\n".join(map(str, results))
+    assert len(text) <= 12_000
+    assert all(f"job{i}: failed" in text for i in range(len(results)))
 
 
 def test_what_is_there_on_the_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/carried")
     job = quick("path", "import os; print('figure:', os.environ['PYTHONPATH'], os.environ['FASTSAM_REQUIRE_GPU'])")
-    assert run(tmp_path, ("build", [job], 30))["path"].figures == [f"{ROOT}:/carried 1"]
+    assert run(tmp_path, [job])["path"].figures == [f"{ROOT}:/carried 1"]
+
+
+@pytest.mark.parametrize(("call", "nothing"), [("first", "find_spec"), ("second", "which")])
+def test_what_is_not_installed_is_said_before_anything_runs(
+    call: str, nothing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, nothing, lambda name: None)
+    assert check.main([call, "--out", str(tmp_path / "out")]) == 2
+    assert "not installed: " in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_smoke_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,11 +224,8 @@ def test_mutants_that_survive_are_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU must be here for this")
-def test_rehearsal_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The kernels part has to fail here, and to say why."""
-    assert check.main(["--parts", "build", "--out", str(tmp_path)]) == 1
+@pytest.mark.parametrize("processes", [2, 16])
+def test_rehearsal_without_a_gpu(processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["first", "--out", str(tmp_path), "--processes", str(processes)]) == 1
     assert "no GPU: torch finds no CUDA device here" in capsys.readouterr().out
-    assert check.main(["--device", "cpu", "--parts", "kernels", "--out", str(tmp_path)]) == 1
-    states = {r["job"]: r["state"] for r in json.loads((tmp_path / "summary.json").read_text())}
-    assert states == {"machine": "passed", "kernels": "failed"}
-    assert "no GPU: torch finds no CUDA device" in capsys.readouterr().out
+    assert [r["job"] for r in json.loads((tmp_path / "summary.json").read_text())] == ["machine"]
