@@ -40,19 +40,19 @@ def register(sam: object) -> None:
         _alive.add(sam)
 
 
-def _others_with(params: list[Tensor], sam: object = None) -> list[Any]:
+def _others_with(params: Callable[[], list[Tensor]], sam: object = None) -> list[Any]:
     """The other FusedSAMs that are perturbed, of those that have one of the parameters."""
     with _lock:
         perturbed = [other for other in _alive if other is not sam and other._state.perturbed]
     if not perturbed:
         return []
-    ids = set(map(id, params))
+    ids = set(map(id, params()))
     return [other for other in perturbed if any(id(p) in ids for p in other._parameters())]
 
 
 def check_shared(sam: Any) -> None:
     """Raises a RuntimeError where another FusedSAM has perturbed one of the parameters, which would be saved as w."""
-    if _others_with(sam._parameters(), sam):
+    if _others_with(sam._parameters, sam):
         raise RuntimeError(
             "another FusedSAM holds some of these parameters and has perturbed them, so that w + e_w would be saved as "
             "w: end its step with second_step(), or call its restore(), before this first_step()"
@@ -61,7 +61,7 @@ def check_shared(sam: Any) -> None:
 
 def restore_left_perturbed(base: Optimizer) -> None:
     """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
-    for other in _others_with([p for group in base.param_groups for p in group["params"]]):
+    for other in _others_with(lambda: [p for group in base.param_groups for p in group["params"]]):
         restore_unfinished(other._state, "an earlier FusedSAM had been left")
         other._mark_stale()
 
