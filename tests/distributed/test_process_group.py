@@ -15,7 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from fastsam import FusedSAM
 from tests.distributed.test_fsdp import RHO, batch, full, loss_of, make_model, make_plain, make_sam
-from tests.ranks import PlainSAM, assert_same_bits, flat, on_ranks
+from tests.oracle import PlainSAM
+from tests.ranks import assert_same_bits, flat, on_ranks
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

@@ -94,8 +94,8 @@ def test_none_on_plain_steps(fresh):
             backward(model)
         sam.step(closure)
         assert (sam.perturbed_loss is None) is (k % 2 == 0)
-    two_calls_plain = [sam.first_step, lambda: backward(model), sam.second_step]
-    for call in two_calls_plain:
+    sam.zero_grad()
+    for call in (sam.first_step, lambda: backward(model), sam.second_step):
         call()
         assert sam.perturbed_loss is None
 
