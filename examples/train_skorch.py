@@ -7,9 +7,19 @@ import numpy as np  # pip install numpy
 import torch
 from sklearn.datasets import load_digits  # pip install scikit-learn
 from skorch import NeuralNetClassifier  # pip install skorch
+from skorch.callbacks import Callback, PassthroughScoring
 from torch import nn
 
 from fastsam import FusedSAM
+
+
+class PerturbedLoss(Callback):
+    """Writes the loss at w + e_w to the history, beside train_loss, the loss at w."""
+
+    def on_batch_end(self, net: NeuralNetClassifier, training: bool = False, **kwargs: object) -> None:
+        """Called by skorch after each batch."""
+        if training:
+            net.history.record_batch("perturbed_loss", float(net.optimizer_.perturbed_loss))
 
 
 def main() -> float:
@@ -29,10 +39,13 @@ def main() -> float:
         optimizer__base_optimizer=torch.optim.SGD,
         optimizer__rho=0.1,
         optimizer__momentum=0.9,
+        callbacks=[PerturbedLoss(), PassthroughScoring("perturbed_loss", on_train=True)],
     )
     net.fit(images[:1500], labels[:1500])
     accuracy = float((net.predict(images[1500:]) == labels[1500:]).mean())
     print(f"accuracy {accuracy:.3f} after {net.optimizer_.param_groups[0]['sam_step']} steps")
+    loss, perturbed_loss = net.history[-1, ("train_loss", "perturbed_loss")]
+    print(f"sharpness {perturbed_loss - loss:.4f}")
     return accuracy
 
 

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from fastsam.closures import Closure, Passes, Trainer
@@ -24,7 +25,7 @@ from fastsam.options import OPTIONS, SETTINGS
 try:
     from composer.core import Algorithm, Event, Time, TimeUnit
     from composer.trainer._scaler import ClosureGradScaler
-    from composer.utils import ensure_tuple
+    from composer.utils import dist, ensure_tuple
 except ImportError as error:
     _missing: ImportError | None = error
     Algorithm = object
@@ -105,6 +106,7 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
     """Sharpness-aware minimization (Foret et al. 2021) in Composer's Trainer, by `SAMOptimizer`.
 
     Wraps the Trainer's optimizers before a checkpoint is loaded, so that their state and the loss scale are loaded too.
+    On SAM steps it logs ``loss/train/perturbed``, the loss at w + e_w, beside the Trainer's ``loss/train/total``, at w.
 
     Args:
         rho: radius of the neighbourhood, >= 0.
@@ -144,14 +146,18 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
     def match(self, event: Event, state: State) -> bool:
         """Whether to run at this event: before a checkpoint is loaded, and after, in case that made new optimizers.
 
-        Where `start` is a time, also before each batch.
+        Also after each batch, to log; and before each batch where `start` is a time.
         """
-        return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD) or (
+        return event in (Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.BATCH_END) or (
             event is Event.BATCH_START and not isinstance(self.start, int)
         )
 
     def apply(self, event: Event, state: State, logger: Logger | None) -> int | None:
-        """Wraps what optimizers are not wrapped yet, and takes a loss scaler that serves closures."""
+        """Wraps what optimizers are not wrapped yet, and takes a loss scaler that serves closures; or logs."""
+        if event is Event.BATCH_END:
+            if logger is not None:
+                _log_perturbed_loss(state, logger)
+            return None
         if event is Event.BATCH_START:
             for optimizer in ensure_tuple(state.optimizers):
                 if isinstance(optimizer, SAMOptimizer):
@@ -173,6 +179,18 @@ class SAM(Algorithm):  # type: ignore[misc]  # of any type where Composer is not
         in_parts = self.start.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.start.unit)
         return elapsed is not None and bool(elapsed >= self.start)
+
+
+def _log_perturbed_loss(state: State, logger: Logger) -> None:
+    """As the Trainer logs the loss at w: the mean over the ranks, by the step's number."""
+    for optimizer in ensure_tuple(state.optimizers):
+        # Along the momentum the Trainer's own is at w + e_w. Where a gradient overflowed, it did for all ranks.
+        if isinstance(optimizer, SAMOptimizer) and optimizer.direction == "gradient":
+            if (loss := optimizer.perturbed_loss) is None:
+                continue
+            mean = state.device.tensor_to_device(torch.as_tensor(loss, dtype=torch.float32)) / dist.get_world_size()
+            dist.all_reduce(mean)
+            logger.log_metrics({"loss/train/perturbed": mean.item()}, step=state.previous_timestamp.batch.value)
 
 
 def _time(start: str) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 else:  # tools read the signature of FusedSAM
-    ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", type(None))
 
 __all__ = ["ProcessGroup", "Shardings", "in_memory", "is_dtensor", "is_fsdp1", "local", "local_grad"]
 
@@ -109,17 +109,23 @@ class Shardings:
     Args:
         params: all parameters of an optimizer.
         process_group: whose ranks hold different parameters, whether these are sharded or not; None: there is none.
+
+    Attributes:
+        device: where the other ranks can be reached: that of the parameters, or of their mesh.
     """
 
     def __init__(self, params: Iterable[Tensor], process_group: ProcessGroup | None = None) -> None:
         self._ways: dict[tuple[str, ...], int] = {(): 0}
         self._groups: dict[str, tuple[ProcessGroup, str]] = {}
         self._process_group = process_group
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
         for p in params:
-            self._device = p.device
+            device = p.device
             if is_dtensor(p):
+                device = torch.device(p.device_mesh.device_type)  # of shards that are offloaded to the CPU, too
                 self._ways.setdefault(self._sharded_over(p), len(self._ways))
+            if self.device.type == "cpu":
+                self.device = device
 
     def __len__(self) -> int:
         """How many ways there are; the first is not to be sharded."""
@@ -168,7 +174,7 @@ class Shardings:
                 sums[i] = total
         total = torch.stack(sums).sum()
         if self._process_group is not None:
-            across = total.to(self._device)
+            across = total.to(self.device)
             torch.distributed.all_reduce(across, group=self._process_group)
             total = across.to(total.device)
         return total

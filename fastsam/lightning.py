@@ -93,28 +93,29 @@ class SAMMixin:
     def _run_passes(self, sam: Any, closure: Callable[[], Any], step: Callable[[Callable[[], Any]], None]) -> None:
         if not sam._state.direction.two_passes and sam.is_sam_step:
             sam.first_step()  # in 16-mixed Lightning runs the closure before it calls the optimizer
-            step(partial(self._run, closure))
+            step(partial(self._run, sam, closure))
             return
         if not sam.is_sam_step:
-            step(partial(self._run, closure))
+            step(partial(self._run, sam, closure))
             return
         with nullcontext() if sam.first_pass_context is None else sam.first_pass_context():
-            self._run(closure)
+            self._run(sam, closure)
         if not self._skipped:
             sam.first_step(zero_grad=True)
-            step(partial(self._run_second_pass, closure))
+            step(partial(self._run_second_pass, sam, closure))
 
-    def _run_second_pass(self, closure: Callable[[], Any]) -> Any:
+    def _run_second_pass(self, sam: Any, closure: Callable[[], Any]) -> Any:
         self._second_pass = True
         try:
             with frozen_running_stats(cast(nn.Module, self)):
-                return self._run(closure)
+                return self._run(sam, closure)
         finally:
             self._second_pass = False
 
-    def _run(self, closure: Callable[[], Any]) -> Any:
+    def _run(self, sam: Any, closure: Callable[[], Any]) -> Any:
         loss = closure()
         self._skipped = loss is None  # by training_step
+        sam._state.note_loss(loss)  # in 16-mixed the optimizer is not given the closure
         return loss
 
     def log(self, *args: Any, **kwargs: Any) -> None:

@@ -135,14 +135,14 @@ def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
         )
 
 
-def check_lost(lost: Collection[str], sam: Any) -> None:
+def check_lost(lost: Collection[str]) -> None:
     """What pickle leaves behind, a step can't do without."""
-    if "grad_scaler" in lost and sam.grad_scaler is None:
+    if "grad_scaler" in lost:
         raise RuntimeError(
             "this FusedSAM comes from a pickle, which leaves grad_scaler behind, so the scale of the gradients is "
-            "not known: set sam.grad_scaler = scaler (GradScaler(enabled=False) where there is none any more)"
+            "not known: set sam.grad_scaler = scaler (None where there is none any more)"
         )
-    if "first_pass_context" in lost and sam.first_pass_context is None:
+    if "first_pass_context" in lost:
         tell_once(
             "first_pass_context",
             "this FusedSAM comes from a pickle, which leaves first_pass_context behind: set it again, or the first "
@@ -150,12 +150,12 @@ def check_lost(lost: Collection[str], sam: Any) -> None:
         )
 
 
-def check_process_group(lost: Collection[str], process_group: object) -> None:
+def check_process_group(lost: Collection[str]) -> None:
     """Without its group a rank would climb by the norm of its own parameters alone."""
-    if "process_group" in lost and process_group is None:
+    if "process_group" in lost:
         raise RuntimeError(
             "this FusedSAM comes from a pickle, which leaves process_group behind, so the norm over its ranks can't be "
-            "computed: set sam.process_group again"
+            "computed: set sam.process_group again (None where one rank has all parameters now)"
         )
 
 

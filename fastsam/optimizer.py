@@ -85,8 +85,9 @@ class FusedSAM(OptimizerWrapper):
             w + e_w: `step(closure)` runs the closure once, and `first_step` comes before the only backward. Parameters
             without momentum yet are not perturbed; the first step, where none has one, is plain.
         process_group: a `torch.distributed.ProcessGroup` whose ranks hold different plain parameters, such as the
-            stages of a pipeline: the norm is then over all of them, by one all-reduce of one number a step. Not for
-            replicas (DistributedDataParallel). DTensors (FSDP2) do not need it: they say how they are sharded.
+            stages of a pipeline: the norm is then over all of them, by one all-reduce of one number a step, in which
+            every rank takes part, with gradients or without. Not for replicas (DistributedDataParallel). DTensors
+            (FSDP2) do not need it: they say how they are sharded.
         **base_optimizer_kwargs: options of the base optimizer (first form).
 
     Raises:
@@ -160,7 +161,7 @@ class FusedSAM(OptimizerWrapper):
                 "flatten_parameters": given["flatten_parameters"],
                 "_settings": {name: given[name] for name in SETTINGS},
                 "_backend": given["backend"],
-                **{name: given[name] for name in UNPICKLED},
+                "_of_training": {name: given[name] for name in UNPICKLED},
             }
         )
         if self.flatten_parameters:
@@ -207,13 +208,14 @@ class FusedSAM(OptimizerWrapper):
         return self._state.perturbation.norm
 
     @property
-    def perturbed_loss(self) -> Tensor | None:
-        """The loss at w + e_w of the last ``step(closure)``, as the closure returned it, detached, on its device.
+    def perturbed_loss(self) -> Tensor | float | None:
+        """The loss at w + e_w of the last ``step(closure)``: what the closure returned, detached, on its device.
 
-        None after a step in two calls, a plain step, and a step that was skipped. Less the loss that `step` returns, at
-        w, it is the sharpness.
+        None after a step in two calls, a plain step, and a pass that gave no loss. Where `step` returns the loss at w,
+        ``sam.perturbed_loss - loss`` is the sharpness. With direction="momentum" no loss is computed at w.
         """
-        return self._state.perturbed_loss
+        loss: Tensor | float | None = self._state.perturbed_loss
+        return loss
 
     @disable_dynamo
     @grad_mode(False)
@@ -222,6 +224,8 @@ class FusedSAM(OptimizerWrapper):
 
         `grad_norm` costs nothing: it is the norm that the last ascent computed.
         """
+        self._complete_groups()
+        misuse.check_process_group(self._lost)
         return gradient_norm(self.param_groups, self.process_group)
 
     @disable_dynamo
@@ -309,7 +313,8 @@ class FusedSAM(OptimizerWrapper):
         if closure is None and not state.perturbed and state.between is None and is_state_initialisation(self):
             self.base_optimizer.step()
             return None
-        state.perturbed_loss = None
+        if not state.perturbed:  # else first_step did, and a trainer's closure may have run since
+            state.perturbed_loss = None
         completed = self._steps
         passes = None if closure is None else self._passes(closure)
         if passes is None or passes.computes_nothing:
@@ -409,7 +414,7 @@ class FusedSAM(OptimizerWrapper):
                 "computes any. Use FusedSAM(..., grad_scaler=scaler) and sam.step(closure), or first_step(), a second "
                 "backward and scaler.step(sam)"
             )
-        misuse.check_lost(self._lost, self)
+        misuse.check_lost(self._lost)
         if not self._state.direction.two_passes:
             return self._run_along_momentum(passes)
         if not self.is_sam_step and not self._state.perturbed:
@@ -425,7 +430,7 @@ class FusedSAM(OptimizerWrapper):
             self._perturb()
             self.zero_grad()
         loss_above = self._call_watched(passes.above) if closure_is_above else self._call(passes.above)
-        self._check_still_perturbed(loss_above)
+        self._check_still_perturbed()
         return loss, not (passes.by_trainer and loss_above is None)
 
     def _run_plain(self, passes: Passes) -> tuple[Any, bool]:
@@ -445,22 +450,18 @@ class FusedSAM(OptimizerWrapper):
             self.zero_grad()  # those at w, of a loop that was written for SAM
         loss = self._call(passes.plain)
         if climbed:
-            self._check_still_perturbed(loss)
+            self._check_still_perturbed()
         return loss, not (passes.by_trainer and loss is None)
 
-    def _check_still_perturbed(self, loss_above: Any) -> None:
+    def _check_still_perturbed(self) -> None:
         if not self._state.perturbed:
             raise RuntimeError("restore() was called, by a signal handler, while the closure ran at w + e_w")
-        if isinstance(loss_above, Tensor):
-            self._state.perturbed_loss = loss_above.detach()
-        elif isinstance(loss_above, float):
-            self._state.perturbed_loss = torch.tensor(loss_above)
 
     def _rehearse(self) -> None:
         """Meets on the first plain steps what a SAM step would refuse, and makes sure that one comes."""
         perturbation = self._state.perturbation
         if not perturbation.buckets and not perturbation.rehearsed:
-            perturbation.rehearse(self.param_groups)
+            perturbation.rehearse(self.param_groups, self.process_group)
             if perturbation.rehearsed:
                 weakref.finalize(self, misuse.tell_without_ascent, self._state, self._settings)
 
@@ -510,13 +511,15 @@ class FusedSAM(OptimizerWrapper):
 
     @grad_mode(True)
     def _call(self, closure: Closure) -> Any:
-        return compiled(closure)
+        loss = compiled(closure)
+        self._state.note_loss(loss)
+        return loss
 
     def _perturb(self) -> bool:
         """Climbs; returns False where there is no momentum yet to climb along."""
         state, perturbation = self._state, self._state.perturbation
         misuse.check_shared(self)
-        misuse.check_process_group(self._lost, self.process_group)
+        misuse.check_process_group(self._lost)
         amp.check_first_gradient(self.grad_scaler, self, self.base_optimizer)
         there = False
         try:
@@ -527,7 +530,7 @@ class FusedSAM(OptimizerWrapper):
         if not state.direction.two_passes:
             misuse.check_momentum(state, self.base_optimizer, self._parameters, self._steps, there)
         elif not there:
-            raise no_gradient_error()
+            raise no_gradient_error(self.param_groups)
         if not there:
             return False
         perturbation.loss_scale = amp.loss_scale(self.grad_scaler) if state.direction.two_passes else None

@@ -102,7 +102,11 @@ def _check_scaler(value: Any, name: str) -> Any:
 
 def _check_process_group(value: Any, name: str) -> Any:
     if value is not None and not isinstance(value, ProcessGroup):
-        hint = " (what new_group() returns on a rank that is no member)" if isinstance(value, int) else ""
+        hint = ""
+        if isinstance(value, int):
+            hint = ", which new_group() returns on a rank that is no member: its parameters belong to another group"
+        elif hasattr(value, "get_group"):
+            hint = ": pass its get_group()"
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, but got {value!r}{hint}")
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fastsam.distributed import ProcessGroup, Shardings, is_dtensor, local, loca
 from fastsam.options import DTYPES, Group, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
-__all__ = ["Perturbation", "flatten_groups", "gradient_norm", "no_gradient_error"]
+__all__ = ["Perturbation", "check_any_perturbed", "flatten_groups", "gradient_norm", "no_gradient_error"]
 
 
 class Perturbation:
@@ -43,6 +44,7 @@ class Perturbation:
         self.loss_scale: Tensor | None = None
         self._backend = backend
         self._scalars: dict[torch.device, Scalars] = {}
+        self._combiners: dict[torch.device, backends.Backend] = {}
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
         self._slotless: list[Tensor] = []
@@ -50,7 +52,7 @@ class Perturbation:
         self._in_graphs: list[object] = []  # what a CUDA graph reads and writes at every replay lives as long as this
         self._params: list[list[Tensor]] = []
         self._process_group: ProcessGroup | None = None
-        self._options: tuple[list[float | Tensor], list[float], list[bool], list[float]] | None = None
+        self._options: tuple[list[Any], ...] | None = None
         self._versions: list[list[int]] = []
         self.rehearsed = False
         self._warned = False
@@ -78,6 +80,7 @@ class Perturbation:
             Whether there are any, on one of the ranks; else there is nothing to `perturb` by.
 
         Raises:
+            RuntimeError: all groups are left out.
             TypeError: a gradient or parameter of a kind that can't be perturbed.
             ValueError: an option out of range; a gradient that does not fit its parameter.
         """
@@ -97,6 +100,7 @@ class Perturbation:
         collective = self._shardings.collective
         no_gradient = not any(g is not None for _, bucket in self.buckets for g in bucket.grads)
         if no_gradient and not collective:
+            check_any_perturbed(groups)
             return False
         self._set_options(groups)
         finish = len(self.buckets) == 1 and not collective
@@ -112,15 +116,21 @@ class Perturbation:
         self._combine()
         return True
 
-    def rehearse(self, groups: list[Group]) -> None:
+    def rehearse(self, groups: list[Group], process_group: ProcessGroup | None = None) -> None:
         """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
 
         So `start` does not fail after 70 % of a run.
 
+        Args:
+            groups: as in `measure`.
+            process_group: as in `measure`; no other rank takes part.
+
         Raises:
-            RuntimeError: there is no memory for the backup.
+            RuntimeError: there is no memory for the backup; or all groups are left out, on this rank and any other.
             TypeError, ValueError: as `measure`.
         """
+        if process_group is None:
+            check_any_perturbed(groups)
         params = [p for group in groups for p in _perturbed(group)]
         if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
             return
@@ -240,14 +250,16 @@ class Perturbation:
         self._warn_16_bit([dtype for _, dtype, _ in members])
 
         devices = list(dict.fromkeys(device for device, _, _ in members))
+        if not devices and shardings.collective:
+            devices = [shardings.device]  # for the sum, and for the norm of what other ranks have
         dtype = torch.float64 if any(dtype is torch.float64 for _, dtype, _ in members) else torch.float32
         buckets: list[tuple[backends.Backend, ParameterBucket]] = []
         sharding_of = []
-        scalars = {}
+        scalars, combiners = {}, {}
         for device in devices:
-            backend = backends.load(self._backend, device)
+            combiners[device] = backend = backends.load(self._backend, device)
             here = [(sharding, entries) for (d, _, sharding), entries in members.items() if d == device]
-            scalars[device] = Scalars(device, dtype, len(groups), len(here))
+            scalars[device] = Scalars(device, dtype, len(groups), max(1, len(here)))
             for index, (sharding, entries) in enumerate(here):
                 entries.sort(key=_order)
                 params, indices, names = zip(*entries, strict=True)
@@ -258,7 +270,7 @@ class Perturbation:
         if any(bucket.grad_table.graphs for _, bucket in self.buckets):
             self._in_graphs.append((self.buckets, self._scalars))
         self.buckets, self._scalars, self._slotless, self._options = buckets, scalars, slotless, None
-        self._shardings, self._sharding_of = shardings, sharding_of
+        self._combiners, self._shardings, self._sharding_of = combiners, shardings, sharding_of
         self._on_cuda = [bucket for _, bucket in buckets if bucket.stream is not None]
 
     def _set_options(self, groups: list[Group]) -> None:
@@ -266,7 +278,7 @@ class Perturbation:
         epsilon = [group["epsilon"] for group in groups]
         adaptive = [group["adaptive"] for group in groups]
         signs = [self.direction.sign(group) for group in groups]
-        options = (rho, epsilon, adaptive, signs)
+        options = (rho, epsilon, adaptive, signs, [group["perturb"] for group in groups])
         on_device = any(isinstance(r, Tensor) for r in rho)
         if not on_device and options == self._options:
             return
@@ -282,7 +294,7 @@ class Perturbation:
     def _sum_over_ranks(self) -> Tensor:
         """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
         all_scalars = list(self._scalars.values())
-        first = all_scalars[0].square_sums if all_scalars else torch.zeros((), dtype=torch.float64, device="cpu")
+        first = all_scalars[0].square_sums
         sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
         for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
             sums[i] += self._scalars[bucket.device].square_sums[bucket.index].to(first.device)
@@ -294,11 +306,8 @@ class Perturbation:
 
     def _combine(self) -> None:
         """norm and scale from the sums of squares, once a device."""
-        combined = set()
-        for backend, bucket in self.buckets:
-            if bucket.device not in combined:
-                backend.combine(self._scalars[bucket.device])
-                combined.add(bucket.device)
+        for device, scalars in self._scalars.items():
+            self._combiners[device].combine(scalars)
 
     def _warn_16_bit(self, dtypes: list[torch.dtype]) -> None:
         short = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
@@ -323,11 +332,20 @@ def _order(entry: tuple[Tensor, int, str]) -> tuple[bool, int, int]:
     return (p.dim() != 1, group, p.numel() if p.dim() == 1 else 0)
 
 
-def no_gradient_error() -> RuntimeError:
+def check_any_perturbed(groups: list[Group]) -> None:
+    """Raises a RuntimeError where there are groups and all are left out."""
+    if groups and not any(group["perturb"] for group in groups):
+        raise RuntimeError(
+            "perturb=False in all param groups leaves nothing to perturb: set perturb=True in those that SAM is for"
+        )
+
+
+def no_gradient_error(groups: list[Group]) -> RuntimeError:
     """What an ascent along the gradient is refused by, where there is none."""
+    where = "" if all(group["perturb"] for group in groups) else " of a group with perturb=True"
     return RuntimeError(
-        "no parameter has a gradient: call loss.backward() before first_step(), or pass step() a closure that computes "
-        "the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
+        f"no parameter{where} has a gradient: call loss.backward() before first_step(), or pass step() a closure that "
+        "computes the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
     )
 
 
@@ -339,7 +357,7 @@ def gradient_norm(groups: list[Group], process_group: ProcessGroup | None = None
         process_group: whose ranks hold other parameters.
 
     Raises:
-        RuntimeError: no parameter has a gradient.
+        RuntimeError: no parameter has a gradient, or all groups are left out.
     """
     shardings = Shardings((p for group in groups for p in group["params"]), process_group)
     sums: list[Tensor] = []
@@ -353,8 +371,9 @@ def gradient_norm(groups: list[Group], process_group: ProcessGroup | None = None
             sums = sums or [square.new_zeros(()) for _ in range(len(shardings))]
             sums[shardings.index(p, name)] += square.to(sums[0].device)
     if not sums and not shardings.collective:
-        raise no_gradient_error()
-    sums = sums or [torch.zeros((), dtype=torch.float64) for _ in range(len(shardings))]
+        check_any_perturbed(groups)
+        raise no_gradient_error(groups)
+    sums = sums or [torch.zeros((), dtype=torch.float64, device=shardings.device) for _ in range(len(shardings))]
     return shardings.reduce(sums).sqrt().float()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from enum import Enum, auto
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class State:
         examined: whether the first step was looked at whose gradients could be there by mistake.
         stepping: whether `step` is under way.
         will_clear: whether `second_step` will clear the gradients, so that none needs a mark.
-        perturbed_loss: the loss at w + e_w of the last step with a closure.
+        perturbed_loss: the loss at w + e_w of the last step with a closure, a tensor or a number.
     """
 
     def __init__(self, backend: str | None, direction: Direction) -> None:
@@ -49,7 +51,7 @@ class State:
         self.examined = False
         self.stepping = False
         self.will_clear = False
-        self.perturbed_loss: Tensor | None = None
+        self.perturbed_loss: Any = None
 
     @property
     def perturbed(self) -> bool:
@@ -60,3 +62,8 @@ class State:
     def direction(self) -> Direction:
         """What the ascent climbs along."""
         return self.perturbation.direction
+
+    def note_loss(self, loss: object) -> None:
+        """Keeps the loss that a pass gave, where that was at w + e_w."""
+        if self.perturbed and isinstance(loss, Tensor | numbers.Real):  # of a tuple it would keep the graph too
+            self.perturbed_loss = loss.detach() if isinstance(loss, Tensor) else loss

@@ -40,13 +40,12 @@ class OptimizerWrapper(Optimizer):
 
     base_optimizer: Optimizer
     flatten_parameters: bool
-    first_pass_context: ContextFactory | None
-    grad_scaler: GradScaler | None
-    process_group: ProcessGroup | None
     _forms: tuple[inspect.Signature, inspect.Signature]
-    _settings: Group  # with "steps"; one object, changed in place: Lightning's wrapper has attributes of its own
+    # Objects that are changed in place: Lightning's wrapper has attributes of its own.
+    _settings: Group  # with "steps"
+    _of_training: Group
     _backend: str | None
-    _lost: tuple[str, ...]
+    _lost: set[str]  # which of the training a pickle left behind, and nobody has set since
 
     # -- for the state machine to say ----------------------------------------------------------------------------------
 
@@ -168,6 +167,37 @@ class OptimizerWrapper(Optimizer):
     def direction(self) -> str:
         """What the ascent climbs along, "gradient" or "momentum"; as given at construction."""
         return cast(str, self._settings["direction"])
+
+    @property
+    def first_pass_context(self) -> ContextFactory | None:
+        """Makes the context manager in which `step(closure)` runs the first of two passes."""
+        return cast("ContextFactory | None", self._of_training["first_pass_context"])
+
+    @first_pass_context.setter
+    def first_pass_context(self, first_pass_context: ContextFactory | None) -> None:
+        self._set_of_training("first_pass_context", first_pass_context)
+
+    @property
+    def grad_scaler(self) -> GradScaler | None:
+        """The `torch.amp.GradScaler` of the losses."""
+        return cast("GradScaler | None", self._of_training["grad_scaler"])
+
+    @grad_scaler.setter
+    def grad_scaler(self, grad_scaler: GradScaler | None) -> None:
+        self._set_of_training("grad_scaler", grad_scaler)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The `torch.distributed.ProcessGroup` whose ranks hold different plain parameters."""
+        return cast("ProcessGroup | None", self._of_training["process_group"])
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | None) -> None:
+        self._set_of_training("process_group", process_group)
+
+    def _set_of_training(self, name: str, value: Any) -> None:
+        self._of_training[name] = UNPICKLED[name](value, name)
+        self._lost.discard(name)
 
     def _option(self, name: str) -> Any:
         self._complete_groups()
@@ -299,15 +329,14 @@ class OptimizerWrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("pickle and deepcopy")
         # A bound no_sync would bring the whole model along, and the loss scale of the copy would be another one.
-        there = {name: getattr(self, name) is not None for name in UNPICKLED}
-        there["grad_scaler"] = self.grad_scaler is not None and self.grad_scaler.is_enabled()
-        lost = (*self._lost, *(name for name in UNPICKLED if there[name]))
+        there = {name for name, value in self._of_training.items() if value is not None}
+        if self.grad_scaler is not None and not self.grad_scaler.is_enabled():
+            there.remove("grad_scaler")
+        lost = self._lost | there
         return {name: getattr(self, name) for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Set here and not as class attributes: LightningOptimizer subclasses FusedSAM and would find the class's None
-        # before the instance's value.
-        state = {**dict.fromkeys(UNPICKLED), "_lost": (), **state}
+        state = {"_of_training": dict.fromkeys(UNPICKLED), **state, "_lost": set(state.get("_lost", ()))}
         # A pickle may come from before an option.
         defaults = {name: parameter.default for name, parameter in self._forms[0].parameters.items()}
         options = {name: defaults[name] for name in OPTIONS if name in defaults}
@@ -322,8 +351,7 @@ class OptimizerWrapper(Optimizer):
         state = copy.deepcopy(self.__getstate__(), memo)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = {name: getattr(self, name) for name in (*UNPICKLED, "_lost")}
-        copied.__setstate__({**state, **shared})
+        copied.__setstate__({**state, "_of_training": dict(self._of_training), "_lost": self._lost})
         return copied
 
 

@@ -108,6 +108,29 @@ def test_replicas_stay_equal_when_each_climbs_by_its_own_gradient(world_size, ba
     on_ranks(world_size, check_replicas, base, {option: True} if option else {})
 
 
+def check_part() -> None:
+    """The outer layer alone is perturbed; on all ranks' samples as in one process."""
+
+    def make(model: Model) -> FusedSAM:
+        groups = [{"params": model.inner.parameters(), "perturb": False}, {"params": model.outer.parameters()}]
+        return FusedSAM(groups, torch.optim.SGD, rho=RHO, lr=0.05, momentum=0.9)
+
+    inside, twin = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+    model = DistributedDataParallel(inside)
+    sam, plain = make(inside), make(twin)
+    data = [batches(6, rank, torch.float64) for rank in range(2)]
+    for mine, *all_ranks in zip(data[dist.get_rank()], *data, strict=True):
+        train(sam, model, [mine])
+        train(plain, twin, [tuple(torch.cat(parts) for parts in zip(*all_ranks, strict=True))])
+        assert_same_bits(flat(list(inside.parameters())))
+        torch.testing.assert_close(flat(list(inside.parameters())), flat(list(twin.parameters())), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sam.grad_norm, plain.grad_norm, rtol=1e-9, atol=0)
+
+
+def test_a_part_of_the_model_is_perturbed():
+    on_ranks(2, check_part)
+
+
 def check_momentum(base: str, options: dict[str, object]) -> None:
     """One gradient a step, all ranks'; the replicas climb alike, along a momentum that is the same on all."""
     model = DistributedDataParallel(make_model(), static_graph=bool(options.pop("static_graph", False)))

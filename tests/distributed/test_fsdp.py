@@ -294,6 +294,28 @@ def test_rank_without_gradients_takes_part_in_the_sum():
     on_ranks(4, check_rank_without_gradients)
 
 
+def check_part(shape: str) -> None:
+    """The last layer alone is perturbed, of whose one row most ranks have no shard; against one process."""
+
+    def groups(model: nn.Sequential) -> list[dict[str, object]]:
+        params = list(model.parameters())
+        return [{"params": params[:-2], "perturb": False}, {"params": params[-2:]}]
+
+    model, twin = shard(make_model(), make_mesh(shape)), make_model()
+    sams = [FusedSAM(groups(m), torch.optim.SGD, rho=RHO, lr=0.05, momentum=0.9) for m in (model, twin)]
+    for step in range(4):
+        two_calls(sams[0], model, batch(step, dist.get_rank()))
+        two_calls(sams[1], twin, union(step))
+        torch.testing.assert_close(full(model), flat(twin.parameters()), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sams[0].grad_norm, sams[1].grad_norm, rtol=1e-9, atol=0)
+        assert_same_bits(sams[0].grad_norm)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_of_the_model_is_perturbed(shape):
+    on_ranks(world_size(shape), check_part, shape)
+
+
 def check_no_gradients_anywhere() -> None:
     model = shard(make_model(), make_mesh("2"))
     sam = make_sam(model, "momentum")

@@ -80,6 +80,7 @@ class Run:
         self.optimizer = self.trainer.state.optimizers[0]
         self.weights = copies(self.model.parameters())
         self.losses = [loss for _, loss in log.data["loss/train/total"]]
+        self.perturbed = [(int(time.batch), loss) for time, loss in log.data.get("loss/train/perturbed", [])]
         self.trainer.close()
 
 
@@ -124,6 +125,44 @@ def test_start(start):
     for other in (Run(), Run(ours.SAM(0.1)), Run(ours.SAM(0.1, start=9))):
         with pytest.raises(AssertionError):
             assert_same_training(late, other, **FP32)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_perturbed_loss_is_logged(interval):
+    """The first SAM step's by hand; that of plain steps not at all."""
+    run = Run(ours.SAM(0.5, interval=interval), batches=6)
+    assert len(run.perturbed) == 6 // interval
+    assert run.perturbed[-1][1] == pytest.approx(float(run.optimizer.perturbed_loss))
+    assert all(loss > run.losses[interval - 1 :: interval][i] for i, (_, loss) in enumerate(run.perturbed))
+    if interval == 1:
+        x, y = (t[:BATCH] for t in digits())
+        params = list(run.start.parameters())
+        loss = nn.functional.cross_entropy(run.start([x]), y)
+        grads = torch.autograd.grad(loss, params)
+        with torch.no_grad():
+            for p, g in zip(params, grads, strict=True):
+                p += 0.5 * g / flat(grads).norm()
+            expected = nn.functional.cross_entropy(run.start([x]), y)
+        assert run.losses[0] == pytest.approx(float(loss), rel=1e-5)
+        assert run.perturbed[0][1] == pytest.approx(float(expected), rel=1e-5)
+    assert not Run(ours.SAM(0.1, direction="momentum"), batches=3).perturbed
+
+
+def test_a_part_of_the_model():
+    """Groups of the optimizer that the Trainer was given."""
+
+    def groups(params):
+        params = list(params)
+        return torch.optim.SGD([{"params": params[:2], "perturb": False}, {"params": params[2:]}], lr=LR)
+
+    BASES["part"] = groups
+    try:
+        run = Run(ours.SAM(0.5), base="part", batches=3)
+    finally:
+        del BASES["part"]
+    assert [group["perturb"] for group in run.optimizer.param_groups] == [False, True]
+    ((_, bucket),) = run.optimizer._state.perturbation.buckets
+    assert len(bucket.params) == 2
 
 
 @pytest.mark.parametrize("start", ["soon", "-1", "0.7"])

@@ -99,6 +99,31 @@ def test_what_is_logged_is_the_loss_at_w(interval: int, tmp_path: Path) -> None:
     assert not torch.allclose(last, expected[-1], rtol=1e-3)  # without the mixin: the loss at w + e_w
 
 
+class PerturbedLoss(Callback):
+    """What on_train_batch_end may log, and the loss of the second pass as Lightning hands it out."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor | None] = []
+        self.outputs: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.seen.append(module.optimizers().perturbed_loss)
+        self.outputs.append(outputs["loss"])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("options", [{}, {"interval": 2}, {"direction": "momentum"}], ids=str)
+def test_the_perturbed_loss(precision: str, options: dict[str, Any], tmp_path: Path) -> None:
+    module, seen = MixedModule(**options), PerturbedLoss()
+    fit(module, tmp_path, seen, **({"plugins": fp16()} if precision == "16-mixed" else {}))
+    for k, (loss, expected) in enumerate(zip(seen.seen, seen.outputs, strict=True)):
+        plain = (k + 1) % options.get("interval", 1) != 0 or ("direction" in options and k == 0)
+        assert (loss is None) is plain
+        if not plain:
+            torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    assert len(seen.seen) == BATCHES * EPOCHS
+
+
 def test_running_statistics_count_each_batch_once(tmp_path: Path) -> None:
     module, without = Once(), Normalised()
     norm = copy.deepcopy(module.layers[1])

@@ -45,9 +45,100 @@ class Mutant:
 OPTIMIZER, WRAPPER, MISUSE, FRESHNESS = (f"fastsam/{n}.py" for n in ("optimizer", "wrapper", "misuse", "freshness"))
 AMP, CHECKPOINT, PERTURBATION, HOOKS = (f"fastsam/{n}.py" for n in ("amp", "checkpoint", "perturbation", "hooks"))
 ARGUMENTS, DIRECTION, PLACES, OPTIONS = (f"fastsam/{n}.py" for n in ("arguments", "direction", "places", "options"))
-DISTRIBUTED = "fastsam/distributed.py"
+DISTRIBUTED, STATE = "fastsam/distributed.py", "fastsam/state.py"
 
 MUTANTS = (
+    Mutant(
+        "perturb is not looked at",
+        PERTURBATION,
+        'return params if group["perturb"] else []',
+        "return params",
+        "perturb",
+    ),
+    Mutant(
+        "perturb is not checked later",
+        PERTURBATION,
+        ', signs, [group["perturb"] for group in groups])',
+        ", signs)",
+        "perturb",
+    ),
+    Mutant(
+        "no group to perturb is no error",
+        PERTURBATION,
+        'if groups and not any(group["perturb"]',
+        'if False and not any(group["perturb"]',
+        "perturb",
+    ),
+    Mutant(
+        "no group to perturb is met late",
+        PERTURBATION,
+        "        if process_group is None:\n            check_any_perturbed(groups)\n",
+        "",
+        "perturb",
+    ),
+    Mutant(
+        "the norm counts what is left out",
+        PERTURBATION,
+        "for j, p in enumerate(_perturbed(group)):\n            name = parameter_name(group, i, j)\n            if (g :=",
+        'for j, p in enumerate(group["params"]):\n            name = parameter_name(group, i, j)\n            if (g :=',
+        "perturb",
+    ),
+    Mutant(
+        "a toggled group is not seen",
+        PERTURBATION,
+        "self._params = [list(_perturbed(group)) for group in groups]",
+        'self._params = [list(group["params"]) for group in groups]',
+        "perturb",
+    ),
+    Mutant(
+        "what is left out is slotless",
+        PERTURBATION,
+        "        slotless = []\n",
+        '        slotless = [p for group in groups if not group["perturb"] for p in group["params"]]\n',
+        "perturb",
+    ),
+    Mutant(
+        "_grad_norm of groups without keys",
+        OPTIMIZER,
+        "        self._complete_groups()\n        misuse.check_process_group(self._lost)\n",
+        "        misuse.check_process_group(self._lost)\n",
+        "perturb",
+    ),
+    Mutant(
+        "a loss at w is kept",
+        STATE,
+        "if self.perturbed and isinstance(loss,",
+        "if isinstance(loss,",
+        "perturbed_loss",
+    ),
+    Mutant(
+        "the loss keeps its graph",
+        STATE,
+        "loss.detach() if isinstance(loss, Tensor) else loss",
+        "loss",
+        "perturbed_loss",
+    ),
+    Mutant(
+        "numbers are no losses",
+        STATE,
+        "Tensor | numbers.Real",
+        "Tensor",
+        "perturbed_loss",
+    ),
+    Mutant(
+        "the last step's loss stays",
+        OPTIMIZER,
+        "        if not state.perturbed:  # else first_step did, and a trainer's closure may have run since\n            state.perturbed_loss = None\n",
+        "",
+        "perturbed_loss",
+    ),
+    Mutant(
+        "first_step keeps the last loss",
+        OPTIMIZER,
+        "        state.perturbed_loss = None\n        try:\n            climbed",
+        "        try:\n            climbed",
+        "perturbed_loss",
+    ),
     Mutant(
         "start is not looked at",
         OPTIMIZER,
@@ -347,7 +438,7 @@ MUTANTS = (
     Mutant(
         "no gradient is no error",
         OPTIMIZER,
-        "        elif not there:\n            raise no_gradient_error()",
+        "        elif not there:\n            raise no_gradient_error(self.param_groups)",
         "        elif not there:\n            return False",
         "errors optimizer meetings",
     ),
@@ -578,8 +669,8 @@ MUTANTS = (
     Mutant(
         "a deepcopy loses the scaler",
         WRAPPER,
-        'for name in (*UNPICKLED, "_lost")}',
-        'for name in ("first_pass_context", "_lost")}',
+        '"_of_training": dict(self._of_training), ',
+        "",
         "checkpoint amp api",
     ),
     Mutant(
@@ -634,14 +725,14 @@ MUTANTS = (
     Mutant(
         "a lost scaler goes unseen",
         MISUSE,
-        'if "grad_scaler" in lost and sam.grad_scaler is None:',
+        'if "grad_scaler" in lost:',
         "if False:",
         "checkpoint amp_misuse amp",
     ),
     Mutant(
         "a lost context goes unsaid",
         MISUSE,
-        'if "first_pass_context" in lost and sam.first_pass_context is None:',
+        'if "first_pass_context" in lost:',
         "if False:",
         "checkpoint closure misuse",
     ),
