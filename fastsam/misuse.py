@@ -24,6 +24,7 @@ __all__ = [
     "check_process_group",
     "check_second_pass",
     "check_shared",
+    "explain",
     "register",
     "restore_left_perturbed",
     "restore_unfinished",
@@ -33,6 +34,15 @@ __all__ = [
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
+_SECOND_PASS_ERRORS = ("backward through the graph a second time", "modified by an inplace operation")
+"""Errors of torch's, by their words, of a second pass that goes back through the graph of the first."""
+
+_GRAPH_OF_W = (
+    "In a SAM step: the pass at w + e_w needs a graph of its own, and this one is of the pass at w. Compute model(x) "
+    "and the loss again for it, and keep nothing that has a graph, such as a loss, a hidden state or a cached tensor, "
+    "over both passes (detach() it)"
+)
+
 
 def register(sam: object) -> None:
     """Notes that there is another FusedSAM."""
@@ -40,19 +50,19 @@ def register(sam: object) -> None:
         _alive.add(sam)
 
 
-def _others_with(params: list[Tensor], sam: object = None) -> list[Any]:
+def _others_with(params: Callable[[], list[Tensor]], sam: object = None) -> list[Any]:
     """The other FusedSAMs that are perturbed, of those that have one of the parameters."""
     with _lock:
         perturbed = [other for other in _alive if other is not sam and other._state.perturbed]
     if not perturbed:
         return []
-    ids = set(map(id, params))
+    ids = set(map(id, params()))
     return [other for other in perturbed if any(id(p) in ids for p in other._parameters())]
 
 
 def check_shared(sam: Any) -> None:
     """Raises a RuntimeError where another FusedSAM has perturbed one of the parameters, which would be saved as w."""
-    if _others_with(sam._parameters(), sam):
+    if _others_with(sam._parameters, sam):
         raise RuntimeError(
             "another FusedSAM holds some of these parameters and has perturbed them, so that w + e_w would be saved as "
             "w: end its step with second_step(), or call its restore(), before this first_step()"
@@ -61,7 +71,7 @@ def check_shared(sam: Any) -> None:
 
 def restore_left_perturbed(base: Optimizer) -> None:
     """Restores what another FusedSAM left at w + e_w: that of an interrupted notebook cell, which now runs again."""
-    for other in _others_with([p for group in base.param_groups for p in group["params"]]):
+    for other in _others_with(lambda: [p for group in base.param_groups for p in group["params"]]):
         restore_unfinished(other._state, "an earlier FusedSAM had been left")
         other._mark_stale()
 
@@ -89,7 +99,11 @@ def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
         settings: its interval and start, and the count of its steps.
     """
     start, interval, steps = settings["start"], settings["interval"], settings["steps"]
-    if state.perturbation.buckets or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval))):
+    if (
+        not steps
+        or state.perturbation.buckets
+        or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval)))
+    ):
         return
     warnings.warn(
         f"FusedSAM ended after {steps} steps without one SAM step: start={start} and interval={interval} left all of "
@@ -133,6 +147,15 @@ def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
             "all weights were written to between first_step() and second_step(), as load_state_dict() does; "
             "second_step() goes back to the weights that first_step() saved. Call restore() before loading",
         )
+
+
+def explain(error: BaseException | None, state: State) -> None:
+    """Adds the cause to an error of torch's that a second pass met, from Python 3.11 on."""
+    if not (state.perturbed and isinstance(error, RuntimeError) and hasattr(error, "add_note")):
+        return
+    known = any(words in str(error) for words in _SECOND_PASS_ERRORS)
+    if known and _GRAPH_OF_W not in getattr(error, "__notes__", ()):
+        error.add_note(_GRAPH_OF_W)
 
 
 def check_lost(lost: Collection[str], sam: Any) -> None:

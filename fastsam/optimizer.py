@@ -378,8 +378,9 @@ class FusedSAM(OptimizerWrapper):
     def __enter__(self) -> FusedSAM:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Leaves no perturbation behind, whatever happened in the block."""
+        misuse.explain(error, self._state)
         self.restore()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -512,7 +513,11 @@ class FusedSAM(OptimizerWrapper):
 
     @grad_mode(True)
     def _call(self, closure: Closure) -> Any:
-        return compiled(closure)
+        try:
+            return compiled(closure)
+        except RuntimeError as error:
+            misuse.explain(error, self._state)
+            raise
 
     def _perturb(self) -> bool:
         """Climbs; returns False where there is no momentum yet to climb along."""
