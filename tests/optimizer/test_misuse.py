@@ -380,8 +380,8 @@ def test_a_graph_that_is_kept_over_both_passes_is_explained(backend, form, kept)
 
     with pytest.raises(RuntimeError, match=r"second time|inplace operation") as caught:
         step()
-    notes = getattr(caught.value, "__notes__", ["Python 3.10: a graph of its own"])
-    assert ["a graph of its own" in note for note in notes] == [True]
+    notes = getattr(caught.value, "__notes__", [])  # from Python 3.11 on
+    assert ["a graph of its own" in note for note in notes] == [True] * hasattr(BaseException, "add_note")
     assert same_bits(copies(model.parameters()), w)
 
 
