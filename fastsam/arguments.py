@@ -108,7 +108,7 @@ def _check_first(first: Any, args: tuple[Any, ...], kwargs: Group, around_optimi
             )
     elif callable(getattr(first, "step", None)):
         inside = next(
-            (key for key in ("optimizer", "base_optimizer", "_optimizer", "_optim") if hasattr(first, key)), None
+            (key for key, value in getattr(first, "__dict__", {}).items() if isinstance(value, Optimizer)), None
         )
         raise TypeError(
             f"{name} has a step() but is not a torch.optim.Optimizer, so FusedSAM can't wrap it: pass "

@@ -1,7 +1,8 @@
 """The passes of a step: how a closure is run at w and at w + e_w, and what trainers pass to ``step`` as one.
 
-Each supported trainer has a module here, lightning.py or composer.py, that describes its closures in `TRAINER`. Such a
-module is imported once somebody has imported the trainer: users need not import it, and nobody else pays for it.
+Each supported trainer has a module here, accelerate.py, lightning.py or composer.py, that describes its closures in
+`TRAINER`. Such a module is imported once somebody has imported the trainer: users need not import it, and nobody else
+pays for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = ["Closure", "Passes", "Trainer", "advice", "before_second_step"]
 Closure = Callable[..., Any]
 
 MODULES = {
+    "accelerate": "fastsam.accelerate",
     "composer": "fastsam.composer",
     "lightning": "fastsam.lightning",
     "pytorch_lightning": "fastsam.lightning",
@@ -42,7 +44,13 @@ class Passes(NamedTuple):
 
         Raises:
             RuntimeError: the trainer would use it in a way that can't work.
+            TypeError: it is what a closure returns, or something else that can't be called.
         """
+        if not callable(closure):
+            raise TypeError(
+                f"closure must be a function, but got a {type(closure).__name__}: pass the function itself, as in "
+                "sam.step(closure), not what it returns, as in sam.step(closure())"
+            )
         for trainer in _imported():
             if (passes := trainer.passes_of(closure)) is not None:
                 return passes

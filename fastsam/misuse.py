@@ -24,6 +24,7 @@ __all__ = [
     "check_process_group",
     "check_second_pass",
     "check_shared",
+    "explain",
     "register",
     "restore_left_perturbed",
     "restore_unfinished",
@@ -32,6 +33,15 @@ __all__ = [
 
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
+
+_SECOND_PASS_ERRORS = ("backward through the graph a second time", "modified by an inplace operation")
+"""Errors of torch's, by their words, of a second pass that goes back through the graph of the first."""
+
+_GRAPH_OF_W = (
+    "In a SAM step: the pass at w + e_w needs a graph of its own, and this one is of the pass at w. Compute model(x) "
+    "and the loss again for it, and keep nothing that has a graph, such as a loss, a hidden state or a cached tensor, "
+    "over both passes (detach() it)"
+)
 
 
 def register(sam: object) -> None:
@@ -89,7 +99,11 @@ def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
         settings: its interval and start, and the count of its steps.
     """
     start, interval, steps = settings["start"], settings["interval"], settings["steps"]
-    if state.perturbation.buckets or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval))):
+    if (
+        not steps
+        or state.perturbation.buckets
+        or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval)))
+    ):
         return
     warnings.warn(
         f"FusedSAM ended after {steps} steps without one SAM step: start={start} and interval={interval} left all of "
@@ -133,6 +147,15 @@ def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
             "all weights were written to between first_step() and second_step(), as load_state_dict() does; "
             "second_step() goes back to the weights that first_step() saved. Call restore() before loading",
         )
+
+
+def explain(error: BaseException | None, state: State) -> None:
+    """Adds the cause to an error of torch's that a second pass met, from Python 3.11 on."""
+    if not (state.perturbed and isinstance(error, RuntimeError) and hasattr(error, "add_note")):
+        return
+    known = any(words in str(error) for words in _SECOND_PASS_ERRORS)
+    if known and _GRAPH_OF_W not in getattr(error, "__notes__", ()):
+        error.add_note(_GRAPH_OF_W)
 
 
 def check_lost(lost: Collection[str]) -> None:

@@ -381,8 +381,9 @@ class FusedSAM(OptimizerWrapper):
     def __enter__(self) -> FusedSAM:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Leaves no perturbation behind, whatever happened in the block."""
+        misuse.explain(error, self._state)
         self.restore()
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -511,7 +512,11 @@ class FusedSAM(OptimizerWrapper):
 
     @grad_mode(True)
     def _call(self, closure: Closure) -> Any:
-        loss = compiled(closure)
+        try:
+            loss = compiled(closure)
+        except RuntimeError as error:
+            misuse.explain(error, self._state)
+            raise
         self._state.note_loss(loss)
         return loss
 

@@ -6,13 +6,14 @@ FASTSAM_REQUIRE_GPU=1 is as strict, and no longer allows that there is no GPU: w
 import os
 import re
 import signal
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastsam import backends
+from fastsam import backends, notices
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and texts are made here or come with a package
 
@@ -94,6 +95,15 @@ def one_thread() -> Generator[None, None, None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hears_nothing(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """For loops that are right, as users write them: what fastsam tells is an error, unless a test asks for it."""
+    monkeypatch.setattr(notices, "told", set())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"fastsam\.")
+        yield
 
 
 @pytest.fixture

@@ -13,8 +13,12 @@ def make(**options):
     return model, FusedSAM(model.parameters(), torch.optim.SGD, **options)
 
 
+def loss_of(model):
+    return model(torch.arange(8.0).view(2, 4) / 8).pow(4).mean()
+
+
 def backward(model):
-    loss = model(torch.arange(8.0).view(2, 4) / 8).pow(4).mean()
+    loss = loss_of(model)
     loss.backward()
     return loss
 
@@ -22,6 +26,6 @@ def backward(model):
 def two_calls(model, sam, zero_grad=True):
     sam.zero_grad()
     backward(model)
-    sam.first_step(zero_grad=True)
-    backward(model)
+    if sam.first_step(zero_grad=True):
+        backward(model)
     sam.second_step(zero_grad=zero_grad)

@@ -264,6 +264,96 @@ def test_zero_redundancy_optimizer_as_the_base():
     on_ranks(2, check_sharded_base_optimizer)
 
 
+def check_zero(form: str) -> None:
+    """direction="gradient" around ZeroRedundancyOptimizer, on all ranks' samples: as one process on their union."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    rank, world_size, steps = dist.get_rank(), dist.get_world_size(), 8
+    model = DistributedDataParallel(make_model(dtype=torch.float64))
+    optimizer, options = BASES["adamw"]
+    sam = FusedSAM(ZeroRedundancyOptimizer(model.parameters(), optimizer, **options), rho=RHO, interval=2)
+    assert len(sam.base_optimizer.optim.param_groups[0]["params"]) < len(list(model.parameters()))
+    alone = make_model(dtype=torch.float64)
+    plain = PlainSAM(alone, optimizer(alone.parameters(), **options), RHO)
+    data = [batches(steps, r, torch.float64) for r in range(world_size)]
+    for k in range(steps):
+        if form == "closure":
+            train(sam, model, data[rank][k : k + 1])
+        else:
+            loss_of(model, data[rank][k]).backward()
+            if sam.first_step(zero_grad=True):
+                loss_of(model, data[rank][k]).backward()
+            sam.second_step(zero_grad=True)
+        union = tuple(torch.cat(parts) for parts in zip(*(d[k] for d in data), strict=True))
+        loss = functools.partial(loss_of, alone, union)
+        plain.step(plain.gradients_above(loss) if (k + 1) % 2 == 0 else plain.gradients(loss()))
+        torch.testing.assert_close(
+            flat(list(model.parameters())), flat(list(alone.parameters())), rtol=1e-9, atol=1e-10
+        )
+    assert sam.param_groups[0]["sam_step"] == steps
+    assert_same_bits(flat(list(model.parameters())))
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+def test_around_zero_redundancy_optimizer_equals_one_process(form):
+    on_ranks(2, check_zero, form)
+
+
+def check_zero_refused() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    params = list(make_model().parameters())
+    with pytest.raises(ValueError, match=r"optimizer_class=FusedSAM.*: put FusedSAM around it"):
+        ZeroRedundancyOptimizer(params, FusedSAM, base_optimizer=torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"can't use ZeroRedundancyOptimizer.*use direction='gradient'"):
+        FusedSAM(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9), direction="momentum")
+    FusedSAM(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1))
+
+
+def test_what_zero_redundancy_optimizer_cannot_do_is_refused():
+    on_ranks(2, check_zero_refused)
+
+
+def check_gradients_under_way(which: str) -> None:
+    """Averaged by hand with functional collectives, whose results have no memory until somebody waits."""
+    import torch.distributed._functional_collectives as funcol
+
+    rank, world_size, steps = dist.get_rank(), dist.get_world_size(), 3
+    for backend in ("cpp", "foreach", "reference"):
+        model, alone = make_model(dtype=torch.float64), make_model(dtype=torch.float64)
+        sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, backend=backend)
+        plain = PlainSAM(alone, torch.optim.SGD(alone.parameters(), lr=0.1), RHO)
+        data = [batches(steps, r, torch.float64) for r in range(world_size)]
+
+        def average(model: nn.Module = model) -> None:
+            for p in model.parameters():
+                if which == "all" or p.dim() == 2:
+                    p.grad = funcol.all_reduce(p.grad, "sum", dist.group.WORLD)
+                    assert type(p.grad) is funcol.AsyncCollectiveTensor
+                else:
+                    dist.all_reduce(p.grad)
+
+        for k in range(steps):
+            (loss_of(model, data[rank][k]) / world_size).backward()
+            average()
+            sam.first_step()
+            sam.zero_grad()
+            (loss_of(model, data[rank][k]) / world_size).backward()
+            average()
+            sam.second_step(zero_grad=True)
+            union = tuple(torch.cat(parts) for parts in zip(*(d[k] for d in data), strict=True))
+            plain.step(plain.gradients_above(functools.partial(loss_of, alone, union)))
+            assert float(sam.grad_norm) == pytest.approx(float(plain.norm))
+            torch.testing.assert_close(
+                flat(list(model.parameters())), flat(list(alone.parameters())), rtol=1e-9, atol=1e-10
+            )
+
+
+@pytest.mark.parametrize("which", ["all", "the matrices"])
+def test_gradients_whose_collective_is_under_way_are_waited_for(which):
+    on_ranks(2, check_gradients_under_way, which)
+
+
 def check_union_batch(micro_batches: int, two_calls: bool) -> None:
     """Without first_pass_context: the same as one process on all ranks' samples."""
     rank, world_size, steps = dist.get_rank(), dist.get_world_size(), 10

@@ -1,7 +1,9 @@
 """FusedSAM prepared by the real Accelerator, in both forms of call, against SAM written out in torch."""
 
+import copy
 import functools
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,95 @@ def test_closure(interval: int) -> None:
     assert len(losses) == 9 + 9 // interval
     assert losses[interval] > losses[interval - 1]  # the first SAM step's batch, at w + e_w and at w
     assert_close(copies(model.parameters()), train_by_hand(windows(36, 1), interval=interval))
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_closure_while_gradients_are_accumulated_is_refused(direction: str) -> None:
+    """It would be run for the last micro-batch of each step alone."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, sam, _, loader = prepare(accelerator, direction=direction)
+    ran = []
+
+    def closure() -> None:
+        ran.append(1)
+
+    for i, _ in zip(range(2), loader, strict=False):
+        w = copies(model.parameters())
+        with accelerator.accumulate(model):
+            if i == 0:
+                sam.step(closure)  # Accelerate does nothing
+            else:
+                with pytest.raises(
+                    RuntimeError, match=r"gradient_accumulation_steps=2 can't work with a closure.*pass"
+                ):
+                    sam.step(closure)
+        assert same_bits(copies(model.parameters()), w)
+    assert not ran
+
+
+def test_a_closure_of_all_micro_batches_goes_past_the_prepared_optimizer() -> None:
+    """As the error says."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, sam, scheduler, loader = prepare(accelerator)
+    window: list[Batch] = []
+
+    def closure() -> None:
+        sam.optimizer.zero_grad()
+        for batch in window:
+            accelerator.backward(loss_of(model, batch))
+
+    for batch in loader:
+        window.append(batch)
+        with accelerator.accumulate(model):
+            if accelerator.sync_gradients:
+                sam.optimizer.step(closure)
+                window.clear()
+            scheduler.step()
+    assert_close(copies(model.parameters()), train_by_hand(windows(36, 2), 2))
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_around_a_prepared_optimizer(form: str, how: str) -> None:
+    """FusedSAM(accelerator.prepare(optimizer)), of a script that was finished before SAM came; and copies of it."""
+    accelerator = Accelerator(cpu=True)
+    model = make_model()
+    model, prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9))
+    sam = FusedSAM(prepared, rho=RHO)
+
+    def train(model: nn.Module, sam: FusedSAM, batch: Batch) -> None:
+        def closure() -> None:
+            sam.zero_grad()
+            accelerator.backward(loss_of(model, batch))
+
+        if form == "closure":
+            sam.step(closure)
+            return
+        closure()
+        sam.first_step(zero_grad=True)
+        closure()
+        sam.second_step()
+
+    steps = [[*window] for window in windows(36, 1)]
+    for (batch,) in steps[:4]:
+        train(model, sam, batch)
+    copied = copy.deepcopy if how == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x))
+    twin, other = copied((model, sam))
+    for m in (model, twin):
+        accelerator.backward(loss_of(m, steps[4][0]))
+    other.base_optimizer.zero_grad()
+    assert all(p.grad is None for p in twin.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+    for m, s in ((model, sam), (twin, other)):
+        for (batch,) in steps[4:]:
+            train(m, s, batch)
+    assert same_bits(copies(model.parameters()), copies(twin.parameters()))
+    hand = make_model()
+    plain = PlainSAM(hand, torch.optim.SGD(hand.parameters(), lr=LR, momentum=0.9), RHO)
+    for (batch,) in steps:
+        plain.step(plain.gradients_above(lambda batch=batch: loss_of(hand, batch)))
+    assert_close(copies(model.parameters()), hand)
 
 
 def test_step_without_first_step_says_what_to_do() -> None:

@@ -203,9 +203,12 @@ class ConstantRho:
         return 0.3
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("method", ["GSAM", "WSAM"])
-def test_the_recipes_for_both_gradients(backend, method):
-    ours, theirs = Training(torch.float64), Training(torch.float64)
+def test_the_recipes_for_both_gradients(backend, method, frozen):
+    ours, theirs, plain = Training(torch.float64), Training(torch.float64), Training(torch.float64)
+    for training in (ours, theirs, plain):
+        training.model[0].requires_grad_(not frozen)
     options = {"lr": 0.05, "momentum": 0.5}
     sam = FusedSAM(ours.model.parameters(), torch.optim.SGD, rho=0.3, backend=backend, **options)
     names = {"sam": sam, "model": ours.model, "data": ours.batches, "torch": torch}
@@ -221,7 +224,6 @@ def test_the_recipes_for_both_gradients(backend, method):
             peer.set_closure(nn.functional.cross_entropy, x, y)
             peer.step()
     torch.testing.assert_close(ours.weights(), theirs.weights(), rtol=1e-6, atol=1e-8)
-    plain = Training(torch.float64)
     train_two_calls(plain, FusedSAM(plain.model.parameters(), torch.optim.SGD, rho=0.3, **options))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(ours.weights(), plain.weights(), rtol=1e-3, atol=1e-4)

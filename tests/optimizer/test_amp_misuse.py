@@ -1,5 +1,8 @@
 """What can't work with a GradScaler: errors that say so, leave w and nothing of the scaler behind."""
 
+import math
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +10,18 @@ from torch.optim import SGD
 
 from fastsam import FusedSAM
 from tests.oracle import copies, same_bits
-from tests.scaled import RHO, PlainTorch, backward, batches, leftovers, make_model, make_scaler, nothing, two_calls
+from tests.scaled import (
+    RHO,
+    PlainTorch,
+    backward,
+    batches,
+    leftovers,
+    make_model,
+    make_scaler,
+    nothing,
+    plant,
+    two_calls,
+)
 
 
 def test_scaler_step_with_a_closure_is_an_error_that_leaves_nothing_behind() -> None:
@@ -175,3 +189,90 @@ def test_gradient_of_another_dtype_is_a_type_error_that_names_the_parameter() ->
     with pytest.raises(TypeError, match=r"parameter 2 of param group 0 \(2\.weight\) is torch\.float64"):
         sam.first_step()
     assert same_bits(w, copies(model.parameters()))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_unscale_before_first_step_where_the_scaler_is_not_known(late: bool) -> None:
+    """The first scaler.step(sam) makes it known: the step after it meets the error, and none where it is right."""
+    plain = PlainTorch(SGD, {"lr": 0.1})
+    model, scaler = make_model(), make_scaler()
+    sam = FusedSAM(model.parameters(), SGD, rho=RHO, lr=0.1)
+
+    def step(batch: tuple[Tensor, Tensor], early: bool) -> None:
+        backward(model, scaler, batch)
+        if early:
+            scaler.unscale_(sam)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        sam.first_step(zero_grad=True)
+        backward(model, scaler, batch)
+        if not early:
+            scaler.unscale_(sam)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(sam)
+        scaler.update()
+        sam.zero_grad()
+
+    first, second = batches(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(first, early=False)
+        plain.step(first, max_norm=0.5)
+        w = copies(model.parameters())
+        if late:
+            step(second, early=False)
+            plain.step(second, max_norm=0.5)
+        else:
+            with pytest.raises(RuntimeError, match="before the second backward"):
+                step(second, early=True)
+            assert same_bits(copies(model.parameters()), w)
+    torch.testing.assert_close(list(model.parameters()), list(plain.model.parameters()), rtol=1e-9, atol=1e-12)
+
+
+# -- what hooks see ----------------------------------------------------------------------------------------------------
+
+
+class Clipping(FusedSAM):
+    """A subclass whose step looks at the gradients first."""
+
+    def step(self, closure=None):
+        if closure is None:
+            clip(self)
+        return super().step(closure)
+
+
+def clip(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.seen.append(float(nn.utils.clip_grad_norm_(params, 0.5)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("where", ["hook", "subclass"])
+def test_hooks_see_what_those_of_a_plain_optimizer_see(where: str, known: bool, fused: bool) -> None:
+    """Unscaled gradients at w; and where one is not finite, no hook runs, as no step does."""
+    plain = PlainTorch(SGD, {"lr": 0.1, "momentum": 0.9})
+    plain.base.seen = []
+    plain.base.register_step_pre_hook(clip)
+    model, scaler = make_model(), make_scaler()
+    cls = Clipping if where == "subclass" else FusedSAM
+    options = {"grad_scaler": scaler} if known else {}
+    sam = cls(model.parameters(), SGD, rho=RHO, lr=0.1, momentum=0.9, fused=fused, **options)
+    sam.seen, after = [], []
+    if where == "hook":
+        sam.register_step_pre_hook(clip)
+        sam.register_step_post_hook(lambda *_: after.append(1))
+    for k, batch in enumerate(batches(6)):
+        second = plant(1) if k == 3 else nothing
+        w = copies(model.parameters())
+        plain.step(batch, second=second)
+        two_calls(sam, model, scaler, batch, second)
+        assert (k == 3) is same_bits(copies(model.parameters()), w)
+        assert scaler.get_scale() == plain.scaler.get_scale()
+        torch.testing.assert_close(list(model.parameters()), list(plain.model.parameters()), rtol=1e-9, atol=1e-12)
+    if where == "hook":
+        assert sam.seen == pytest.approx(plain.base.seen)
+        assert len(plain.base.seen) == len(after) == 5
+    else:
+        assert [x for x in sam.seen if math.isfinite(x)] == pytest.approx(plain.base.seen)
+    assert sam.param_groups[0]["sam_step"] == 6
+    assert not leftovers(sam)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import fastsam
-from fastsam import FusedSAM
+from fastsam import FusedSAM, notices
 
 
 class OwnNorm(_NormBase):
@@ -208,3 +209,28 @@ def test_a_sam_step_counts_each_batch_once(form):
         sam.second_step()
     twin(batches[1])
     assert_same(buffers(model), buffers(twin))
+
+
+def test_a_scripted_layer_says_that_it_cannot_be_frozen(monkeypatch):
+    """Once; the layers beside it are frozen."""
+    monkeypatch.setattr(notices, "told", set())
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(scripted, nn.BatchNorm1d(4))
+    before = model[1].running_mean.clone()
+    x = torch.randn(8, 4) + 3
+    with pytest.warns(UserWarning, match="BatchNorm1d in a scripted model can't be frozen") as caught:
+        for _ in range(2):
+            with fastsam.frozen_running_stats(model):
+                model(x)
+    assert len(caught) == 1
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_scripted_layers_without_statistics_are_none_of_its_business(monkeypatch):
+    monkeypatch.setattr(notices, "told", set())
+    layers = [nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False)]
+    scripted = torch.jit.script(nn.Sequential(*layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fastsam.frozen_running_stats(scripted):
+            pass

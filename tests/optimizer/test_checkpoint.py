@@ -8,8 +8,10 @@ import pickle
 import pytest
 import pytorch_optimizer
 import torch
+import torch.distributed.checkpoint as dcp
 from pytorch_optimizer import SAM
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -412,3 +414,82 @@ def test_state_dicts_of_another_layout(name):
         torch.manual_seed(2)  # Magma draws at random
         train(m, s, 4, start=3)
     assert same_bits(copies(model.parameters()), copies(other.parameters()))
+
+
+# -- from other versions, and with other settings ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [["start"], ["direction"], ["steps"], ["start", "direction", "steps"]], ids=str)
+@pytest.mark.parametrize("defaults", [[], ["perturb"], ["perturb", "adaptive"]], ids=str)
+def test_pickles_from_before_an_option(missing, defaults):
+    """They take the option's default, as those of torch.optim do."""
+    model = make_model()
+    sam = make(model, interval=2)
+    train(model, sam, 3)
+    state = sam.__getstate__()
+    for name in missing:
+        del state["_settings"][name]
+    for name in defaults:
+        del state["defaults"][name]
+        for group in sam.param_groups:
+            del group[name]
+    for name in ("_lost",):
+        del state[name]
+    twin, state = pickle.loads(pickle.dumps((model, state)))
+    old = FusedSAM.__new__(FusedSAM)
+    old.__setstate__(state)
+    assert (old.interval, old.start, old.direction, old.closure_passes) == (2, 0, "gradient", "auto")
+    assert old._steps == 3
+    train(twin, old, 3, start=3)
+    assert all(group["perturb"] is True and group["adaptive"] is False for group in old.param_groups)
+    fresh = make_model()
+    expected = make(fresh, interval=2)
+    train(fresh, expected, 6)
+    assert same_bits(copies(twin.parameters()), copies(fresh.parameters()))
+
+
+def test_a_checkpoint_of_other_settings_is_told_once(monkeypatch):
+    """They are no part of a state dict: what was given here stays."""
+    monkeypatch.setattr(notices, "told", set())
+    saved = make(make_model(), direction="momentum", interval=3, start=5).state_dict()
+    sam = make(make_model(), interval=3)
+    with pytest.warns(
+        UserWarning, match="was saved with start=5 .here 0., direction='momentum' .here 'gradient'."
+    ) as told:
+        sam.load_state_dict(saved_and_loaded(saved))
+        sam.load_state_dict(saved)
+    assert len(told) == 1
+    assert (sam.direction, sam.start, sam.interval) == ("gradient", 0, 3)
+
+
+@pytest.mark.parametrize("where", ["before", "partial"])
+def test_a_plain_runs_distributed_checkpoint(where, tmp_path):
+    """The two ways of docs/checkpoints.md; the direct one misses FusedSAM's keys, which a plain run does not have."""
+    model = make_model()
+    plain = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for i in range(3):
+        plain.zero_grad()
+        backward(model, i)
+        plain.step()
+    dcp.save({"optimizer": get_optimizer_state_dict(model, plain)}, checkpoint_id=tmp_path)
+
+    other = make_model()
+    other.load_state_dict(model.state_dict())
+    base = torch.optim.AdamW(other.parameters(), **{**ADAMW, "lr": 1.0})
+    if where == "before":
+        state = {"optimizer": get_optimizer_state_dict(other, base)}
+        dcp.load(state, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(other, base, state["optimizer"])
+        sam = FusedSAM(base, rho=0.3)
+    else:
+        sam = FusedSAM(base, rho=0.3)
+        state = {"optimizer": get_optimizer_state_dict(other, sam)}
+        with pytest.raises(Exception, match=r"Missing key .*\.param_groups\.0\."):
+            dcp.load(state, checkpoint_id=tmp_path)
+        dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+        set_optimizer_state_dict(other, sam, state["optimizer"])
+    assert same_bits(moments(sam, list(other.parameters())), moments(plain, list(model.parameters())))
+    assert sam.param_groups[0]["lr"] == ADAMW["lr"]
+    assert sam.rho == 0.3
+    train(other, sam, 1, start=3)
+    assert sam.param_groups[0]["sam_step"] == 1

@@ -133,6 +133,87 @@ def test_fused_sam_is_no_base_optimizer():
         FusedSAM(by_class())
 
 
+class PCGrad:
+    """Around an optimizer, and none itself."""
+
+    def __init__(self, optimizer):
+        self._optim = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self._optim.step()
+
+
+class Alone:
+    __slots__ = ()
+
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: FusedSAM(nn.Linear(2, 2), torch.optim.SGD, lr=0.1),
+            r"but got the Linear itself: pass model\.parameters\(\)",
+        ),
+        (lambda: FusedSAM(torch.optim.SGD(params(), lr=0.1), lr=0.1), "give an option of the base optimizer to SGD"),
+        (
+            lambda: FusedSAM(torch.optim.SGD(params(), lr=0.1), torch.optim.SGD, rho=0.1),
+            r"FusedSAM\(SGD\(\.\.\.\), SGD, \.\.\.\) gives two base optimizers",
+        ),
+        (
+            lambda: FusedSAM(PCGrad(torch.optim.SGD(params(), lr=0.1))),
+            r"PCGrad .* is not a torch\.optim\.Optimizer.* its \._optim, and put PCGrad around FusedSAM",
+        ),
+        (lambda: FusedSAM(PCGrad(by_class())), r"its \._optim"),
+        (lambda: FusedSAM(Alone()), r"Alone .* is not a torch\.optim\.Optimizer.*: pass an optimizer$"),
+    ],
+)
+def test_slips_of_the_first_argument(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_parameter_list_is_parameters():
+    FusedSAM(nn.ParameterList(params()), torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_loss_is_no_closure(interval):
+    """sam.step(closure())"""
+    ps = params()
+    sam = FusedSAM(ps, torch.optim.SGD, lr=0.1, interval=interval)
+    before = copies(ps)
+
+    def closure():
+        loss = sum(p.square().sum() for p in ps)
+        loss.backward()
+        return loss
+
+    with pytest.raises(TypeError, match=r"got a Tensor: pass the function itself, as in sam\.step\(closure\), not"):
+        sam.step(closure())
+    with pytest.raises(TypeError, match="got a float"):
+        sam.step(closure().item())
+    assert same_bits(copies(ps), before)
+    assert sam.param_groups[0]["sam_step"] == 0
+
+
+@pytest.mark.parametrize("result", [3, (1, 2, 3), [(), {}]], ids=str)
+def test_a_step_pre_hook_that_returns_something_else(result):
+    """As torch says it."""
+    ps = params()
+    sam = FusedSAM(ps, torch.optim.SGD, lr=0.1)
+    ps[0].grad = torch.ones_like(ps[0])
+    before = copies(ps)
+    sam.first_step()
+    sam.register_step_pre_hook(lambda *_: result)
+    with pytest.raises(RuntimeError, match=r"must return None or a tuple of \(new_args, new_kwargs\), but got "):
+        sam.second_step()
+    assert same_bits(copies(ps), before)
+
+
 def test_unknown_options_are_the_base_optimizers_to_refuse():
     with pytest.raises(TypeError, match="nesterow"):
         by_class(nesterow=True)

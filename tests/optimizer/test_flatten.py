@@ -1,6 +1,7 @@
 """flatten_parameters=True: parameters as views of one buffer, and the same training."""
 
 import copy
+import io
 
 import torch
 from torch import nn
@@ -123,3 +124,18 @@ def test_a_saved_model_holds_no_more_than_itself(tmp_path):
             p.zero_()
     plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert same_bits(list(plain.parameters()), list(model.parameters()))
+
+
+def size_of(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    return file.tell()
+
+
+def test_saving_a_part_of_the_model_takes_clones():
+    """As docs/caveats.md says: a part is a view of the whole buffer, which torch.save writes."""
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(2, 2))
+    make(model, flatten_parameters=True)
+    assert len(storages(model.parameters())) == 1
+    assert size_of(model[1].state_dict()) > 4 * 100 * 100
+    assert size_of({k: v.clone() for k, v in model[1].state_dict().items()}) < 4 * 100 * 100 / 10

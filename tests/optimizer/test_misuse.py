@@ -1,14 +1,18 @@
 """Loops that go wrong between the calls: what the user is told, and that the weights are not lost."""
 
+import functools
 import gc
+import sys
+import threading
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import fastsam
 from fastsam import FusedSAM, notices
-from tests.oracle import copies, same_bits
+from tests.oracle import PlainSAM, copies, same_bits
 
 BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
 
@@ -29,8 +33,12 @@ def make(backend, **options):
     )
 
 
+def loss_of(model):
+    return model(X).square().mean()
+
+
 def backward(model):
-    loss = model(X).square().mean()
+    loss = loss_of(model)
     loss.backward()
     return loss
 
@@ -183,6 +191,78 @@ def test_an_optimizer_without_hooks_is_watched_too(backend):
     sam.restore()
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, as Accelerate's: torch puts no hooks around its step."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("options", [{}, {"interval": 2}, {"start": 2}, {"direction": "momentum"}], ids=str)
+def test_restore_and_the_base_step_are_a_step(backend, options, hooked):
+    """Loops that clip, or add a gradient at w, before they step: SAM comes when it is due, and schedulers know."""
+    model, other = nn.Linear(4, 2), nn.Linear(4, 2)
+    other.load_state_dict(model.state_dict())
+    params = list(model.parameters())
+    base, plain = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
+    hand = PlainSAM(other, plain, rho=0.5, **options)
+    loss = functools.partial(loss_of, other)
+    if not hooked:
+        base = Around(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sam = FusedSAM(base, rho=0.5, backend=backend, **options)
+        scheduler = torch.optim.lr_scheduler.StepLR(sam, 3, 0.5)
+        due = []
+        for k in range(5):
+            if sam.direction == "gradient":
+                backward(model)
+            due.append(sam.is_sam_step)
+            climbed = sam.first_step(zero_grad=True)
+            if climbed or sam.direction == "momentum":
+                backward(model)
+            sam.restore()
+            nn.utils.clip_grad_norm_(params, 0.1)
+            base.step()
+            sam.zero_grad()
+            scheduler.step()
+
+            plain.param_groups[0]["lr"] = 0.1 * 0.5 ** (k // 3)
+            gradients = hand.gradients_above(loss) if hand.is_sam_step else hand.gradients(loss())
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            hand.step([g * (0.1 / (norm + 1e-6)).clamp(max=1) for g in gradients])
+    start, interval = options.get("start", 0), options.get("interval", 1)
+    assert due == [k >= start and (k + 1) % interval == 0 for k in range(5)]
+    assert sam.param_groups[0]["sam_step"] == 5
+    torch.testing.assert_close(copies(params), copies(other.parameters()))
+
+
+def test_a_step_of_somebody_elses_optimizer_is_none(backend):
+    model, sam = make(backend, start=2)
+    other, _ = make(backend)
+    backward(model)
+    backward(other)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert sam.param_groups[0]["sam_step"] == 0
+
+
+def test_a_lone_step_names_the_base_optimizers():
+    _, sam = make("reference")
+    with pytest.raises(RuntimeError, match=r"call first_step\(\).*for a plain step, sam\.base_optimizer\.step\(\)"):
+        sam.step()
+
+
 # -- a pass that is missing --------------------------------------------------------------------------------------------
 
 
@@ -196,6 +276,275 @@ def test_a_forgotten_second_backward_is_told_once(backend):
             sam.second_step(zero_grad=True)
     assert len(caught) == 1
     assert same_bits(copies(model.parameters()), w)
+
+
+def test_a_forgotten_second_backward_without_zero_grad_is_told_once(backend):
+    """The base optimizer then steps by the gradients at w: no SAM at all."""
+    (model, sam), (other, plain) = make(backend), make(backend)
+    with pytest.warns(UserWarning, match="the very gradients that first_step") as caught:
+        for _ in range(2):
+            backward(model)
+            sam.first_step()
+            sam.second_step(zero_grad=True)
+            backward(other)
+            plain.base_optimizer.step()
+            plain.zero_grad()
+    assert len(caught) == 1
+    assert same_bits(copies(model.parameters()), copies(other.parameters()))
+
+
+def test_summed_gradients_are_told_once(backend):
+    """As in davda54/sam: without a clearing in between, the base optimizer steps by both gradients' sum."""
+    (model, sam), (other, plain) = make(backend), make(backend)
+    hand = PlainSAM(other, plain.base_optimizer, rho=0.5)
+    with pytest.warns(UserWarning, match="the gradients at w were not cleared") as caught:
+        for _ in range(2):
+            backward(model)
+            sam.first_step()
+            backward(model)
+            sam.second_step(zero_grad=True)
+            at_w = hand.gradients(loss_of(other))
+            above = hand.gradients_above(lambda: loss_of(other), at_w)
+            hand.step([a + b for a, b in zip(at_w, above, strict=True)])
+    assert len(caught) == 1
+    torch.testing.assert_close(copies(model.parameters()), copies(other.parameters()))
+
+
+CLEARINGS = {
+    "first_step": lambda model, sam: None,
+    "sam": lambda model, sam: sam.zero_grad(),
+    "zeros by sam": lambda model, sam: sam.zero_grad(set_to_none=False),
+    "base": lambda model, sam: sam.base_optimizer.zero_grad(),
+    "model": lambda model, sam: model.zero_grad(),
+    "zeros by the model": lambda model, sam: model.zero_grad(set_to_none=False),
+    "by hand": lambda model, sam: [setattr(p, "grad", None) for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("clearing", CLEARINGS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_every_clearing_between_the_calls_is_right_and_hears_nothing(backend, clearing, clip):
+    (model, sam), (other, plain) = make(backend), make(backend)
+    hand = PlainSAM(other, plain.base_optimizer, rho=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            backward(model)
+            sam.first_step(zero_grad=clearing == "first_step")
+            CLEARINGS[clearing](model, sam)
+            backward(model)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            sam.second_step(zero_grad=True)
+            gradients = hand.gradients_above(lambda: loss_of(other))
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            hand.step([g * (0.01 / (norm + 1e-6)).clamp(max=1) if clip else g for g in gradients])
+    torch.testing.assert_close(copies(model.parameters()), copies(other.parameters()))
+
+
+def test_a_single_layer_trained_by_one_loss_twice_meets_no_word_of_ours(backend):
+    """retain_graph on a linear model: torch lets it pass, and so do we; see docs/caveats.md."""
+    model, sam = make(backend)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    sam.first_step(zero_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.backward()
+        sam.second_step()
+
+
+@pytest.mark.parametrize("kept", ["the loss", "the loss, retained", "a hidden state"])
+@pytest.mark.parametrize("form", ["closure", "with"])
+def test_a_graph_that_is_kept_over_both_passes_is_explained(backend, form, kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1, backend=backend)
+    w = copies(model.parameters())
+    hidden = model[:2](X)
+    loss = model[2](hidden).square().mean()
+
+    def closure():
+        sam.zero_grad()
+        again = model[2](hidden).square().mean() if kept == "a hidden state" else loss
+        again.backward(retain_graph=kept == "the loss, retained")
+
+    def step():
+        if form == "closure":
+            sam.step(closure)
+            return
+        with sam:
+            closure()
+            sam.first_step(zero_grad=True)
+            closure()
+
+    with pytest.raises(RuntimeError, match=r"second time|inplace operation") as caught:
+        step()
+    notes = getattr(caught.value, "__notes__", [])  # from Python 3.11 on
+    assert ["a graph of its own" in note for note in notes] == [True] * hasattr(BaseException, "add_note")
+    assert same_bits(copies(model.parameters()), w)
+
+
+def test_the_same_error_elsewhere_is_left_as_it_is(backend):
+    """In the pass at w, and where another error is raised in the pass at w + e_w."""
+    model, sam = make(backend)
+    loss = loss_of(model)
+    loss.backward()
+    sam.zero_grad()
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        sam.step(loss.backward)
+    assert not hasattr(caught.value, "__notes__")
+
+    def fail():
+        with sam:
+            backward(model)
+            sam.first_step()
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine") as caught:
+        fail()
+    assert not hasattr(caught.value, "__notes__")
+
+
+class Stats(nn.Module):
+    """A small network with BatchNorm and Dropout, as davda54/sam's example trains one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.usefixtures("hears_nothing")
+@pytest.mark.parametrize("form", ["both calls", "step", "gradients first", "zero_grad first"])
+@pytest.mark.parametrize("on", ["sam", "base", "none"])
+def test_the_loops_of_davda54_hear_nothing(backend, form, on):
+    """Its two calls, with running statistics off in the second pass and a schedule by hand; and its closures."""
+    torch.manual_seed(0)
+    model = Stats()
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=2.0, adaptive=True, lr=0.1, momentum=0.9, backend=backend)
+    scheduler = None if on == "none" else torch.optim.lr_scheduler.StepLR(sam if on == "sam" else sam.base_optimizer, 2)
+    for epoch in range(3):
+        model.train()
+        for _ in range(2):
+
+            def closure():
+                loss = model(X).square().mean()
+                loss.backward()
+                return loss
+
+            if form == "both calls":
+                fastsam.enable_running_stats(model)
+                model(X).square().mean().backward()
+                sam.first_step(zero_grad=True)
+                fastsam.disable_running_stats(model)
+                model(X).square().mean().backward()
+                sam.second_step(zero_grad=True)
+            elif form == "step":
+                sam.step(lambda: (sam.zero_grad(), closure())[1])
+            elif form == "gradients first":
+                model(X).square().mean().backward()
+                sam.step(closure)
+                sam.zero_grad()
+            else:
+                model.zero_grad()
+                closure()
+                sam.first_step(zero_grad=True)
+                closure()
+                sam.second_step()
+        model.eval()
+        with torch.no_grad():
+            model(X)
+        if scheduler is None:
+            for group in sam.param_groups:
+                group["lr"] = 0.1 / (epoch + 2)
+        else:
+            scheduler.step()
+    assert sam.param_groups[0]["sam_step"] == 6
+
+
+# -- several FusedSAMs -------------------------------------------------------------------------------------------------
+
+
+def two_heads(backend):
+    """Two FusedSAMs that share a backbone."""
+    torch.manual_seed(0)
+    nets = [nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 2)]
+    sams = [
+        FusedSAM([*nets[0].parameters(), *head.parameters()], torch.optim.SGD, rho=0.3, lr=0.1, backend=backend)
+        for head in nets[1:]
+    ]
+    return nn.ModuleList(nets), sams
+
+
+def loss_of_head(nets, i):
+    return nets[1 + i](nets[0](X)).square().mean()
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+def test_one_of_shared_parameters_waits_until_the_other_has_ended(backend, form):
+    """It would save the other's w + e_w as w."""
+    nets, (first, second) = two_heads(backend)
+    w = copies(nets.parameters())
+    (loss_of_head(nets, 0) + loss_of_head(nets, 1)).backward()
+    first.first_step()
+    above = copies(nets.parameters())
+    with pytest.raises(RuntimeError, match=r"another FusedSAM holds .* restore\(\), before this first_step"):
+        second.first_step() if form == "two calls" else second.step(lambda: None)
+    assert same_bits(copies(nets.parameters()), above)
+    assert not second.perturbed
+    first.restore()
+    assert same_bits(copies(nets.parameters()), w)
+    assert second.first_step()
+    second.restore()
+
+
+def test_one_after_the_other_is_right(backend):
+    nets, sams = two_heads(backend)
+    other, plains = two_heads(backend)
+    hands = [PlainSAM(nn.ModuleList([other[0], other[1 + i]]), plains[i].base_optimizer, rho=0.3) for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in [0, 1, 0, 1]:
+            nets.zero_grad()
+            loss_of_head(nets, i).backward()
+            sams[i].first_step(zero_grad=True)
+            loss_of_head(nets, i).backward()
+            sams[i].second_step()
+
+            hands[i].train(lambda i=i: loss_of_head(other, i))
+    torch.testing.assert_close(copies(nets.parameters()), copies(other.parameters()))
+
+
+def test_many_are_built_in_threads_while_others_step():
+    """Each looks at those that are alive."""
+    alive = [make("reference")[1] for _ in range(300)]
+    failed = []
+
+    def work():
+        try:
+            for _ in range(50):
+                model, sam = make("reference")
+                backward(model)
+                sam.first_step()
+                sam.restore()
+        except RuntimeError as error:  # "Set changed size during iteration"
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+    assert len(alive) == 300
 
 
 # -- a FusedSAM that nobody finishes -----------------------------------------------------------------------------------
@@ -219,6 +568,43 @@ def test_a_new_one_restores_what_an_earlier_one_left_perturbed(backend):
     gc.collect()
     assert same_bits(copies(model.parameters()), above)
     sam.restore()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("who", ["a new one", "collection"])
+@pytest.mark.parametrize("loaded", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
+def test_what_was_loaded_since_stays(backend, who, loaded):
+    """An interrupted cell, then load_state_dict of all or a part of the model: the rest goes back to w."""
+    model, sam = make(backend)
+    w = {name: p.detach().clone() for name, p in model.named_parameters()}
+    best = {name: p + 1 for name, p in w.items() if name in loaded}
+    backward(model)
+    sam.first_step(zero_grad=True)
+    model.load_state_dict(best, strict=False)
+    with pytest.warns(UserWarning, match="written to since, which stay as written"):
+        if who == "a new one":
+            FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1, backend=backend)
+        else:
+            del sam
+            gc.collect()
+    for name, p in model.named_parameters():
+        assert same_bits(p.detach(), best.get(name, w[name]))
+
+
+def test_loading_before_second_step_is_told_once(backend):
+    """second_step() goes back to w, whatever was loaded."""
+    model, sam = make(backend)
+    with pytest.warns(UserWarning, match="all weights were written to between first_step") as caught:
+        for _ in range(2):
+            w = copies(model.parameters())
+            backward(model)
+            sam.first_step(zero_grad=True)
+            model.load_state_dict({name: p + 1 for name, p in model.state_dict().items()})
+            sam.base_optimizer.param_groups[0]["lr"] = 0.0
+            backward(model)
+            sam.second_step(zero_grad=True)
+            assert same_bits(copies(model.parameters()), w)
+    assert len(caught) == 1
 
 
 def test_one_of_other_parameters_is_left_alone(backend):

@@ -464,3 +464,178 @@ def test_a_momentum_of_another_dtype_is_named():
     state["momentum_buffer"] = state["momentum_buffer"].float()
     with pytest.raises(TypeError, match=r"the momentum of parameter 0 of param group 0 is torch\.float32"):
         sam.first_step()
+
+
+# -- kinds of momentum, and of bases -----------------------------------------------------------------------------------
+
+
+class Bits8(torch.Tensor):
+    """A moment in 8 bits, as those of low-bit optimizers: it has no memory of its own, but knows its values."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [a.values() if isinstance(a, Bits8) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+    def values(self):
+        return self.codes * self.scale
+
+
+class Dequantized(Bits8):
+    def dequantize(self):
+        return self.values()
+
+
+class LowBit(torch.optim.Optimizer):
+    """SGD with its momentum in 8 bits."""
+
+    kind = Dequantized
+
+    def __init__(self, params, lr, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            v = self.state[p]["momentum_buffer"].values() if self.state[p] else torch.zeros_like(p)
+            v = 0.9 * v + p.grad
+            scale = v.abs().max() / 127
+            self.state[p]["momentum_buffer"] = self.kind((v / scale).round().to(torch.int8), scale)
+            p -= self.param_groups[0]["lr"] * v
+
+
+class Packed(LowBit):
+    kind = Bits8
+
+
+def test_a_momentum_in_8_bits_is_asked_for_its_values(backend):
+    model, _ = make()
+    params = list(model.parameters())
+    sam = FusedSAM(params, LowBit, rho=RHO, lr=LR, backend=backend, direction="momentum")
+    assert two_calls(model, sam, 0) is False
+    for k in range(1, 4):
+        w = copies(params)
+        v = [sam.state[p]["momentum_buffer"].values() for p in params]
+        norm = sum(float(t.square().sum()) for t in v) ** 0.5
+        assert norm > 0
+        assert sam.first_step()
+        assert float(sam.grad_norm) == pytest.approx(norm)
+        expected = [a - RHO * b / norm for a, b in zip(w, v, strict=True)]
+        torch.testing.assert_close(copies(params), expected)
+        loss_of(model, k).backward()
+        sam.second_step(zero_grad=True)
+
+
+def test_a_momentum_that_does_not_tell_its_values_is_refused(backend):
+    model, _ = make()
+    sam = FusedSAM(model.parameters(), Packed, rho=RHO, lr=LR, backend=backend, direction="momentum")
+    two_calls(model, sam, 0)
+    w = copies(model.parameters())
+    with pytest.raises(
+        TypeError, match=r"momentum of parameter . of param group 0 is a Bits8.* no memory .*dequantize"
+    ):
+        sam.first_step()
+    assert same_bits(copies(model.parameters()), w)
+
+
+@pytest.mark.parametrize("kind", [Bits8, Dequantized])
+def test_a_gradient_without_memory(backend, kind):
+    """Beside a plain one; asked for its values, or refused by name."""
+    ps = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    sam = FusedSAM(ps, torch.optim.SGD, rho=RHO, lr=LR, backend=backend)
+    ps[0].grad = torch.ones(4)
+    ps[1].grad = kind(torch.tensor([0, 1, 2], dtype=torch.int8), torch.tensor(2.0))
+    if kind is Bits8:
+        with pytest.raises(TypeError, match="gradient of parameter 1 of param group 0 is a Bits8"):
+            sam.first_step()
+        assert all(bool((p == 1).all()) for p in ps)
+        return
+    sam.first_step()
+    norm = (4 + 4 + 16) ** 0.5
+    torch.testing.assert_close(ps[0].detach(), 1 + RHO * torch.ones(4) / norm)
+    torch.testing.assert_close(ps[1].detach(), 1 + RHO * torch.tensor([0.0, 2.0, 4.0]) / norm)
+
+
+@pytest.mark.parametrize("name", ["RMSpropTF", "LaProp", "ADOPT", "Lars"])
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_preconditioned_momentum_is_refused_by_name(name, inherited):
+    """timm's optimizers, and others of the same names."""
+    cls = type(name, (torch.optim.SGD,), {})
+    cls = type("Mine", (cls,), {}) if inherited else cls
+    with pytest.raises(ValueError, match=f"can't use {cls.__name__}'s momentum, which is preconditioned"):
+        FusedSAM([nn.Parameter(torch.ones(2))], cls, lr=0.1, momentum=0.9, direction="momentum")
+
+
+def test_the_momentum_has_a_radius_of_its_own():
+    assert make(rho=1.0)[1].rho == 1.0
+    p = nn.Parameter(torch.ones(2))
+    for args in [([p], torch.optim.SGD), (torch.optim.SGD([p], lr=0.1, momentum=0.9),)]:
+        own = {"lr": 0.1, "momentum": 0.9} if len(args) == 2 else {}
+        assert FusedSAM(*args, direction="momentum", **own).rho == 1.6
+        p = nn.Parameter(torch.ones(2))
+    assert FusedSAM([p], torch.optim.SGD, lr=0.1, momentum=0.9).rho == 0.05
+
+
+# -- maximize ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_to_maximise_is_to_minimise_the_negated_loss(backend, direction, form, base):
+    """torch promises the same path, so the worst nearby point is the same."""
+    options = {"rho": RHO, "backend": backend, "direction": direction}
+    torch.manual_seed(0)
+    low = nn.Linear(4, 3).double()
+    high = copy.deepcopy(low)
+    optimizer, own = BASES[base]
+    minimising = FusedSAM(optimizer(low.parameters(), lr=LR, **own), **options)
+    maximising = FusedSAM(optimizer(high.parameters(), lr=LR, maximize=True, **own), **options)
+    for k in range(STEPS):
+        for model, sam, sign in ((low, minimising, 1.0), (high, maximising, -1.0)):
+
+            def run(model=model, sam=sam, sign=sign, k=k):
+                sam.zero_grad()
+                loss = sign * loss_of(model, k)
+                loss.backward()
+                return loss
+
+            if form is closure:
+                sam.step(run)
+            else:
+                if direction == "gradient":
+                    run()
+                sam.first_step(zero_grad=True)
+                run()
+                sam.second_step(zero_grad=True)
+        torch.testing.assert_close(copies(high.parameters()), copies(low.parameters()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_each_group_climbs_by_its_own_sign(backend, adaptive):
+    """A game in one optimizer: one group minimises, the other maximises, and maximize changes while training."""
+    ps = [nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.tensor([0.5, 3.0, 1.0]))]
+    groups = [{"params": [ps[0]]}, {"params": [ps[1]], "maximize": True, "rho": 0.2}]
+    sam = FusedSAM(groups, torch.optim.SGD, rho=0.1, adaptive=adaptive, lr=0.1, backend=backend)
+    for signs in [(1, -1), (-1, 1), (1, 1)]:
+        for group, sign in zip(sam.param_groups, signs, strict=True):
+            group["maximize"] = sign < 0
+        w = copies(ps)
+        sum(p.pow(3).sum() for p in ps).backward()
+        g = [p.grad.clone() for p in ps]
+        sam.first_step(zero_grad=True)
+        scaled = [a.abs() * b if adaptive else b for a, b in zip(w, g, strict=True)]
+        norm = sum(float(t.double().square().sum()) for t in scaled) ** 0.5
+        rhos = (0.1, 0.2)
+        for p, a, b, rho, sign in zip(ps, w, g, rhos, signs, strict=True):
+            torch.testing.assert_close(p.detach(), a + sign * rho * (a * a * b if adaptive else b) / norm)
+        sam.restore()
+        assert same_bits(copies(ps), w)
+        sam.zero_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsam import FusedSAM
+from fastsam import FusedSAM, places
 from tests.oracle import assert_perturbed, copies, norm64, perturbed, same_bits
 
 BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
@@ -112,6 +112,26 @@ def test_another_shape_or_dtype_at_the_same_address(backend, reshape):
     assert p.data_ptr() == memory.data_ptr()
     check_step(model, sam, backend)
     assert same_bits(memory, torch.arange(12.0))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_square_weight_that_is_transposed_in_place(backend, native, monkeypatch):
+    """The same memory, shape and dtype, other strides; seen with the native library and without it."""
+    if not native:
+        monkeypatch.setattr(places, "native", lambda: None)
+    p, other = nn.Parameter(torch.arange(9.0).view(3, 3)), nn.Parameter(torch.ones(3))
+    model = nn.ParameterList([p, other])
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, backend=backend, lr=0.1)
+    check_step(model, sam, backend)
+    sam.zero_grad()
+    p.data = p.data.t()
+    check_step(model, sam, backend)
+    set_grads(model)
+    before = copies(model.parameters())
+    sam.first_step()
+    p.data = p.data.t()  # while perturbed
+    sam.restore()
+    assert same_bits(list(model.parameters()), [before[0].t().contiguous(), before[1]])
 
 
 def test_a_gradient_that_was_left_behind_is_an_error(backend):

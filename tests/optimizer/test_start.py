@@ -1,6 +1,10 @@
 """start: SAM in the last part of training only; and what tells the pass that climbs from the others."""
 
+import contextlib
+import gc
 import io
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -281,3 +285,80 @@ def test_a_quarter_with_batchnorm_counts_the_whole_batch():
     sam.step(run)
     assert int(model[1].num_batches_tracked) == 1
     torch.testing.assert_close(model[1].running_mean, 0.1 * inputs[0].mean(0))
+
+
+# -- SAM that was promised and never came ------------------------------------------------------------------------------
+
+WITHOUT = "ended after {} steps without one SAM step: start={} and interval={}"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("options", "steps"), [({"start": 100}, 3), ({"interval": 5}, 4)], ids=str)
+def test_a_training_without_one_sam_step_is_told(form, options, steps):
+    """As of a start that was computed from the wrong number of steps."""
+    model, sam = make(**options)
+    for i in range(steps):
+        form(model, sam, i)
+    message = WITHOUT.format(steps, options.get("start", 0), options.get("interval", 1))
+    with pytest.warns(UserWarning, match=message) as caught:
+        del sam
+        gc.collect()
+    assert len(caught) == 1
+
+
+@contextlib.contextmanager
+def silence():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    assert not [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({"start": 2}, 3), ({"interval": 3}, 3), ({"start": 3, "interval": 2}, 4), ({"start": 9}, 0)]
+)
+def test_one_sam_step_is_enough_and_so_is_no_step(options, steps):
+    model, sam = make(**options)
+    for i in range(steps):
+        two_calls(model, sam, i)
+    with silence():
+        del sam
+
+
+def test_a_first_step_that_nobody_ended_is_no_training():
+    model, sam = make(start=9)
+    loss_of(model, batch(0)).backward()
+    sam.first_step()
+    with silence():
+        del sam
+
+
+def test_sam_steps_before_a_checkpoint_count():
+    """Resumed after them, in the middle of an interval."""
+    model, sam = make(interval=3)
+    for i in range(4):
+        two_calls(model, sam, i)
+    resumed, other = make(interval=3)
+    other.load_state_dict(sam.state_dict())
+    two_calls(resumed, other, 4)
+    del sam
+    with silence():
+        del other
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_it_is_told_at_the_end_of_the_process(told):
+    lines = [
+        "import torch",
+        "from fastsam import FusedSAM",
+        "p = torch.nn.Parameter(torch.ones(2))",
+        f"sam = FusedSAM([p], torch.optim.SGD, lr=0.1, start={9 if told else 1})",
+        "for _ in range(3):",
+        "    p.square().sum().backward()",
+        "    if sam.first_step(zero_grad=True): p.square().sum().backward()",
+        "    sam.second_step(zero_grad=True)",
+    ]
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert (WITHOUT.format(3, 9, 1) in result.stderr) is told, result.stderr

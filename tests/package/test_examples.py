@@ -15,6 +15,8 @@ import torch
 
 from tests.oracle import copies, same_bits
 
+pytestmark = pytest.mark.usefixtures("hears_nothing")
+
 ROOT = Path(__file__).parents[2]
 CHANCE = 0.1
 
