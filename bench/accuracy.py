@@ -80,15 +80,15 @@ def normalised_network(seed: int) -> nn.Module:
 
 
 DATA: dict[str, Callable[[int, float], Data]] = {"digits": digits, "mnist": mnist}
-Job = tuple[str, Condition, Method, int, bool]
-"""Data, condition, method, seed, whether on the validation split."""
+Job = tuple[Callable[[int, float], Data], Condition, Method, int, bool]
+"""What makes the data, condition, method, seed, whether on the validation split."""
 
 
 def run(job: Job) -> float:
     """The accuracy of one training."""
-    name, condition, method, seed, validate = job
+    load, condition, method, seed, validate = job
     torch.set_num_threads(1)
-    data = DATA[name](seed, condition.noise)
+    data = load(seed, condition.noise)
     if validate:
         data = data.validation()
     model = train(method, data, EPOCHS, seed, condition.decay)
@@ -106,7 +106,7 @@ def tune(name: str) -> Values:
     jobs = []
     for method, c, value in cells:
         candidate = methods.METHODS[method].tuned(value)
-        jobs += [(name, c, candidate, seed, True) for seed in TUNING_SEEDS[name]]
+        jobs += [(DATA[name], c, candidate, seed, True) for seed in TUNING_SEEDS[name]]
     found = run_all(jobs, f"Tuning on {name}")
     means: dict[tuple[str, Condition], dict[float, float]] = {}
     for i, (method, c, value) in enumerate(cells):
@@ -125,7 +125,8 @@ def measure(name: str, seeds: int) -> list[dict[str, object]]:
     chosen = CHOSEN[name] or tune(name)
     cells = [(c, title, m) for c in WHERE[name] for title, m in methods.tuned(chosen, c).items()]
     start = time.perf_counter()
-    found = run_all([(name, c, m, seed, False) for c, _, m in cells for seed in range(seeds)], f"Training on {name}")
+    jobs = [(DATA[name], c, m, seed, False) for c, _, m in cells for seed in range(seeds)]
+    found = run_all(jobs, f"Training on {name}")
     print(f"{name}: {time.perf_counter() - start:.0f} s")
     return [
         {
@@ -140,6 +141,19 @@ def measure(name: str, seeds: int) -> list[dict[str, object]]:
         }
         for i, (c, title, m) in enumerate(cells)
     ]
+
+
+def described(rows: list[dict[str, object]]) -> dict[str, object]:
+    """A report of the rows, and of where they come from."""
+    found = environment(torch.device("cpu"))
+    return {
+        "device": found["device"],
+        "versions": found["versions"],
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "epochs": EPOCHS,
+        "rows": rows,
+    }
 
 
 def with_error(accuracies: Sequence[float]) -> str:
@@ -185,15 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(name, json.dumps(tune(name), indent=4))
         return
     rows = [row for name in options.data for row in measure(name, options.seeds or SEEDS[name])]
-    found = environment(torch.device("cpu"))
-    report: dict[str, object] = {
-        "device": found["device"],
-        "versions": found["versions"],
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "epochs": EPOCHS,
-        "rows": rows,
-    }
+    report = described(rows)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.folder / "accuracy.md").write_text(table(report))

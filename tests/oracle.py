@@ -84,7 +84,7 @@ class PlainSAM:
         start: int = 0,
         direction: str = "gradient",
     ) -> None:
-        self.params = list(model.parameters())
+        self.params = [p for p in model.parameters() if p.requires_grad]
         self.base = base
         own = {"rho": rho, "adaptive": adaptive, "epsilon": epsilon}
         groups = {p: group for group in base.param_groups for p in group["params"]}

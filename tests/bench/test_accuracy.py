@@ -52,7 +52,7 @@ def test_the_results_and_their_table(by_rule, tmp_path, capsys):
 
 def test_a_training_of_each_kind():
     for validate in (False, True):
-        found = accuracy.run(("digits", CONDITIONS[1], Method(0.2), 0, validate))
+        found = accuracy.run((digits, CONDITIONS[1], Method(0.2), 0, validate))
         assert 0.5 < found < 1
 
 

@@ -2,18 +2,15 @@
 
 import copy
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from pytorch_optimizer import GSAM, SAM, WSAM
+from pytorch_optimizer import SAM
 from torch import nn
 
 from fastsam import FusedSAM
 from tests.oracle import same_bits
-
-STEPS = 20
+from tests.training import FORMS, STEPS, Training, train_closure, train_two_calls
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
@@ -24,81 +21,6 @@ BASES = {
 
 each_base = pytest.mark.parametrize("base", BASES)
 each_rule = pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-
-
-class Training:
-    """A model with an optimizer, and the batches of every step; the same for the same seed."""
-
-    def __init__(self, dtype):
-        generator = torch.Generator().manual_seed(0)
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5)).to(dtype)
-        self.batches = [
-            (
-                torch.randn(8, 1, 6, 6, generator=generator, dtype=torch.float64).to(dtype),
-                torch.randint(0, 5, (8,), generator=generator),
-            )
-            for _ in range(STEPS)
-        ]
-
-    def backward(self, i):
-        x, y = self.batches[i]
-        loss = nn.functional.cross_entropy(self.model(x), y)
-        loss.backward()
-        return loss
-
-    def weights(self):
-        return [p.detach().clone() for p in self.model.parameters()]
-
-
-def train_peer(training, sam):
-    trajectory = []
-    for i in range(STEPS):
-        training.backward(i)
-        sam.first_step(zero_grad=True)
-        trajectory.append(training.weights())
-        training.backward(i)
-        sam.second_step(zero_grad=True)
-        trajectory.append(training.weights())
-    return trajectory
-
-
-def train_two_calls(training, sam):
-    return train_peer(training, sam)
-
-
-def train_closure(training, sam):
-    trajectory = []
-    for i in range(STEPS):
-        weights_seen = []
-
-        def closure(i=i, seen=weights_seen):
-            sam.zero_grad()
-            seen.append(training.weights())
-            return training.backward(i)
-
-        sam.step(closure)
-        assert len(weights_seen) == 2  # at w and at w + e_w
-        trajectory += [weights_seen[1], training.weights()]
-    return trajectory
-
-
-def train_closure_after_backward(training, sam):
-    trajectory = []
-    for i in range(STEPS):
-        sam.zero_grad()
-        training.backward(i)
-
-        def closure(i=i):
-            trajectory.append(training.weights())
-            return training.backward(i)
-
-        sam.step(closure)
-        trajectory.append(training.weights())
-    return trajectory
-
-
-FORMS = {"two_calls": train_two_calls, "closure": train_closure, "closure_after_backward": train_closure_after_backward}
 
 
 @each_rule
@@ -120,7 +42,7 @@ def test_trajectories_agree(backend, dtype, form, base, adaptive):
     sam = FusedSAM(ours.model.parameters(), base_class, rho=0.1, adaptive=adaptive, backend=backend, **options)
     peer = SAM(theirs.model.parameters(), base_class, rho=0.1, adaptive=adaptive, **options)
     start = ours.weights()
-    for actual, expected in zip(FORMS[form](ours, sam), train_peer(theirs, peer), strict=True):
+    for actual, expected in zip(FORMS[form](ours, sam), train_two_calls(theirs, peer), strict=True):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     assert not same_bits(ours.weights(), start)
 
@@ -178,7 +100,7 @@ def test_groups_of_different_rho(backend, adaptive):
     options = {"rho": 0.2, "adaptive": adaptive, "lr": 0.1}
     sam = FusedSAM(groups(ours.model), torch.optim.SGD, backend=backend, **options)
     peer = SAM(groups(theirs.model), torch.optim.SGD, **options)
-    for actual, expected in zip(train_two_calls(ours, sam), train_peer(theirs, peer), strict=True):
+    for actual, expected in zip(train_two_calls(ours, sam), train_two_calls(theirs, peer), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -190,40 +112,3 @@ def test_around_an_existing_optimizer(backend):
     b = FusedSAM(theirs.model.parameters(), torch.optim.SGD, 0.1, True, backend=backend, lr=0.1, momentum=0.9)
     for x, y in zip(train_two_calls(ours, a), train_closure(theirs, b), strict=True):
         assert same_bits(x, y)
-
-
-def recipe(start):
-    """The block of docs/method.md that begins with `start`."""
-    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
-    return re.search(rf"```python\n({start}.*?)```", text, re.DOTALL)[1]
-
-
-class ConstantRho:
-    def step(self):
-        return 0.3
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("method", ["GSAM", "WSAM"])
-def test_the_recipes_for_both_gradients(backend, method, frozen):
-    ours, theirs, plain = Training(torch.float64), Training(torch.float64), Training(torch.float64)
-    for training in (ours, theirs, plain):
-        training.model[0].requires_grad_(not frozen)
-    options = {"lr": 0.05, "momentum": 0.5}
-    sam = FusedSAM(ours.model.parameters(), torch.optim.SGD, rho=0.3, backend=backend, **options)
-    names = {"sam": sam, "model": ours.model, "data": ours.batches, "torch": torch}
-    exec(recipe("gamma" if method == "WSAM" else "alpha"), names | {"loss_fn": nn.functional.cross_entropy})
-    params = theirs.model.parameters()
-    if method == "WSAM":
-        peer = WSAM(theirs.model, params, torch.optim.SGD, rho=0.3, gamma=0.9, decouple=False, **options)
-        train_peer(theirs, peer)
-    else:
-        base = torch.optim.SGD(params, **options)
-        peer = GSAM(list(theirs.model.parameters()), base, theirs.model, ConstantRho(), alpha=0.4)
-        for x, y in theirs.batches:
-            peer.set_closure(nn.functional.cross_entropy, x, y)
-            peer.step()
-    torch.testing.assert_close(ours.weights(), theirs.weights(), rtol=1e-6, atol=1e-8)
-    train_two_calls(plain, FusedSAM(plain.model.parameters(), torch.optim.SGD, rho=0.3, **options))
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(ours.weights(), plain.weights(), rtol=1e-3, atol=1e-4)

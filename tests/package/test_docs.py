@@ -43,8 +43,10 @@ def names(path: Path) -> dict[str, Any]:
         "loss_fn": nn.CrossEntropyLoss(),
         "model": model,
         "loader": torch.utils.data.DataLoader(data, batch_size=None),
+        "forget": data,
         "path": path / "checkpoint.pt",
         "sam": FusedSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1),
+        "step": 0,
         "x": x,
         "y": y,
     }
