@@ -4,9 +4,13 @@ Each one works on `nn.Parameter`s of its own that share the weights' memory, tak
 the whole of a SAM step but the base optimizer's.
 """
 
+import timeit
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -18,6 +22,8 @@ from fastsam import places
 
 EPSILON = 1e-12
 FASTSAM = "fastsam-"
+BLOCK = 2**14
+"""Elements, at the least, that the walks of bandwidth.cpp move whole, in any dtype."""
 FLOOR_PASSES = (7, 8)
 """Reads and writes of a list of parameters that nobody can save, plain and adaptive. norm reads g (adaptive: and w);
 perturb reads w and g, writes w and the backup; restore reads the backup and writes w."""
@@ -320,6 +326,27 @@ class InPlace(Copy):
         self.target.neg_()
 
 
+class Walk(Copy):
+    """The fastest way to move as many bytes of those in bandwidth.cpp: reading, copying, in place, as perturb does.
+
+    Memory is cut into up to 8 parts that are walked side by side: that keeps more cache lines under way than one walk.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(-(-numel // BLOCK) * BLOCK, dtype, device)
+        from torch.utils.cpp_extension import load  # imports setuptools
+
+        source, flags = Path(__file__).with_name("bandwidth.cpp"), ["-std=c++20", "-O3", "-march=native"]
+        load("fastsam_bench", [str(source)], extra_cflags=flags, is_python_module=False)
+        words = self.source.view(torch.int64), self.target.view(torch.int64)
+        ways = product(range(4), (1, 2, 4, 8), (False, True))
+        walks = (partial(torch.ops.fastsam_bench.walk, *words, *way) for way in ways)
+        self.walk = min(walks, key=lambda walk: min(timeit.repeat(walk, number=1, repeat=5)))
+
+    def run(self) -> None:
+        self.walk()
+
+
 class Add(Copy):
     """A copy by a kernel: on a GPU copy_ is the driver's, which need not be the fastest."""
 
@@ -347,12 +374,13 @@ class Restore(Copy):
 
 
 YARDSTICKS: dict[str, type[Copy]] = {"copy": Copy, "in-place": InPlace}
+CPU_YARDSTICKS: dict[str, type[Copy]] = YARDSTICKS | {"walk": Walk}
 GPU_YARDSTICKS: dict[str, type[Copy]] = YARDSTICKS | {"add": Add, "restore": Restore}
-"""Each reads and writes one list. On a GPU the floor is what the fastest of them takes, on a CPU what a copy takes."""
+"""Each moves two lists. On a GPU the floor is what the fastest of them takes, on a CPU what a copy takes."""
 
 
 def yardsticks(device: torch.device) -> dict[str, type[Copy]]:
-    return GPU_YARDSTICKS if device.type == "cuda" else YARDSTICKS
+    return GPU_YARDSTICKS if device.type == "cuda" else CPU_YARDSTICKS
 
 
 PEERS: dict[str, type[Contestant]] = {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.cases import Case
-from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, GPU_YARDSTICKS, Contestant, Copy, yardsticks
+from bench.contestants import CONTESTANTS, FASTSAM, FLOOR_PASSES, Contestant, Copy, yardsticks
 from bench.inputs import GRADIENT_SETS, Inputs, Setting, Turn, check
 from bench.measures import available_memory, count_launches, extra_memory, peak_bandwidth
 from bench.results import Row
@@ -94,7 +94,12 @@ def measure(
         else:
             turns[name] = Turn(contestant, inputs.gradients, first=len(turns))
     kinds = yardsticks(setting.device)
-    measured = {name: kind(case.numel, setting.dtype, setting.device) for name, kind in kinds.items()}
+    measured: dict[str, Copy] = {}
+    for name, kind in kinds.items():
+        try:
+            measured[name] = kind(case.numel, setting.dtype, setting.device)
+        except (OSError, RuntimeError, ImportError) as error:  # a machine without a compiler
+            found[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
     samples = interleave({**measured, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
     for name in samples:
         found.setdefault(name, {}).update(figures(case, setting, name, samples))
@@ -140,7 +145,7 @@ def figures(case: Case, setting: Setting, name: str, samples: dict[str, Samples]
     kinds = yardsticks(setting.device)
     floor = COPY if setting.device.type == "cpu" else min(kinds, key=lambda kind: quartiles(samples[kind].best)[1])
     row = describe_times(samples[name])
-    passes = (GPU_YARDSTICKS | CONTESTANTS)[name].passes
+    passes = (kinds | CONTESTANTS)[name].passes
     if passes is not None:
         moved = passes[setting.adaptive] * case.numel * setting.dtype.itemsize
         row["bytes"] = moved

@@ -16,19 +16,19 @@ constexpr int64_t kStrip = 256;  // bytes that are walked at a time
 constexpr int64_t kRun = 1024, kLanes = 128, kTile = 16 * kRun;
 
 // Calls f(first, count) on strips that cover [0, n): the `head`, which ends where memory is aligned; then strips of
-// LENGTH, a constant; what is left. They are taken from `parts` equal parts side by side, each a multiple of UNIT.
+// LENGTH, a constant, from `parts` equal parts side by side, each a multiple of UNIT; then from whole units; what is left.
 template <int64_t LENGTH, int64_t UNIT = LENGTH, typename F>
 inline __attribute__((always_inline)) void walk(int64_t parts, int64_t head, int64_t n, const F& f) {
   if (head > 0) f(0, head);
   int64_t begin = head;
-  for (const int64_t streams : {parts, int64_t(1)}) {
-    const int64_t unit = streams > 1 ? UNIT : LENGTH;
-    if (n - begin < streams * unit) continue;  // most tensors are small: a division costs as much as a pass over one
-    const int64_t part = (n - begin) / (streams * unit) * unit, end = begin + streams * part;
+  if (parts > 1 && n - begin >= parts * UNIT) {  // most tensors are small: a division costs as much as a pass over one
+    const int64_t part = (n - begin) / (parts * UNIT) * UNIT, end = begin + parts * part;
     for (int64_t row = begin; row < begin + part; row += LENGTH)
       for (int64_t i = row; i < end; i += part) f(i, std::integral_constant<int64_t, LENGTH>());
     begin = end;
   }
+  for (const int64_t end = n - (n - begin) % UNIT; begin < end; begin += LENGTH)
+    f(begin, std::integral_constant<int64_t, LENGTH>());
   if (begin < n) f(begin, n - begin);
 }
 
@@ -124,30 +124,34 @@ inline double total(const A (*sums)[kLanes / sizeof(A)], int64_t runs) {
   return sum[0];
 }
 
-// The sum of squares of at most kTile elements, in an order that no number of parts changes: a run lies in one part.
+// The sum of squares of at most kTile elements, each run's in type S, in an order that no number of parts changes.
+template <typename S, bool ADAPTIVE, typename T>
+double sum_of_runs(const T* w, const T* g, int64_t n, int64_t parts) {
+  using A = typename Arithmetic<T>::type;
+  const int64_t runs = (n + kRun - 1) / kRun;
+  alignas(kLine) S sums[kTile / kRun][kLanes / sizeof(S)];
+  std::memset(sums, 0, runs * kLanes);
+  walk<kStrip / sizeof(T), kRun>(parts, 0, n, [&](int64_t first, auto count) __attribute__((always_inline)) {
+    alignas(kLine) A x[kRun], y[kRun];
+    const A* terms = norm_terms<ADAPTIVE>(w + first, g + first, x, y, count);
+    S* lanes = sums[first / kRun];
+    if constexpr (std::is_same_v<S, A>) {
+      add_squares(lanes, terms, count);
+    } else {
+      S wide[kRun];
+      for (int64_t k = 0; k < count; ++k) wide[k] = terms[k];
+      add_squares(lanes, wide, count);
+    }
+  });
+  return total(sums, runs);
+}
+
 template <typename T, bool ADAPTIVE>
 double tile_square_sum(const T* w, const T* g, int64_t n, int64_t parts) {
-  using A = typename Arithmetic<T>::type;
-  constexpr int64_t strip = kStrip / sizeof(T);
-  const int64_t runs = (n + kRun - 1) / kRun;
-  alignas(kLine) A sums[kTile / kRun][kLanes / sizeof(A)];
-  std::memset(sums, 0, runs * kLanes);
-  walk<strip, kRun>(parts, 0, n, [&](int64_t first, auto count) __attribute__((always_inline)) {
-    alignas(kLine) A x[strip], y[strip];
-    add_squares(sums[first / kRun], norm_terms<ADAPTIVE>(w + first, g + first, x, y, count), count);
-  });
-  const double sum = total(sums, runs);
+  const double sum = sum_of_runs<typename Arithmetic<T>::type, ADAPTIVE>(w, g, n, parts);
   if (sum >= 0x1p-100 && sum <= 0x1p127) return sum;
   // Squares out of fp32's range (an element above 1e19, or none above 1e-15) are summed once more, in fp64.
-  double wide_sums[1][kLanes / sizeof(double)] = {};
-  walk<strip>(1, 0, n, [&](int64_t first, auto count) {
-    A x[strip], y[strip];
-    double wide[strip];
-    const A* terms = norm_terms<ADAPTIVE>(w + first, g + first, x, y, count);
-    for (int64_t k = 0; k < count; ++k) wide[k] = terms[k];
-    add_squares(wide_sums[0], wide, count);
-  });
-  return total(wide_sums, 1);
+  return sum_of_runs<double, ADAPTIVE>(w, g, n, parts);
 }
 
 template <typename T, bool ADAPTIVE>

@@ -1,6 +1,8 @@
 """The benchmarks' own parts, and what a step costs in counts: calls, parallel regions, allocations, table refreshes."""
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import torch
 import fastsam
 from bench import __main__ as command_line, driver, kernels, measures, plots, results, step_suite, timing
 from bench.cases import DATA, Case, all_cases
-from bench.contestants import CONTESTANTS, GPU_YARDSTICKS, Contestant, EmptyBase, ForeachKept
+from bench.contestants import CONTESTANTS, CPU_YARDSTICKS, GPU_YARDSTICKS, Contestant, EmptyBase, ForeachKept, Walk
 from bench.inputs import Inputs, Setting, Turn, check, set_gradients
 from bench.measures import allocations
 from bench.plan import SLOW_START
@@ -161,7 +163,7 @@ def test_the_driver_keeps_one_row_a_measurement(tmp_path: Path) -> None:
     )
     assert status == 0
     step = {row["contestant"]: row for row in rows if row["suite"] == "step"}
-    assert set(step) == {"copy", "in-place", "fastsam-cpp", "composer"}
+    assert set(step) == {*CPU_YARDSTICKS, "fastsam-cpp", "composer"}
     assert step["fastsam-cpp"]["bytes"] == 28 * 161 * 64
     assert step["composer"]["bytes"] == 36 * 161 * 64
     assert set(step["fastsam-cpp"]["speedup_over"]) == {"composer"}
@@ -229,7 +231,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(driver.training_suite, "measure", interrupted)
     status, rows = run(tmp_path, "--cases", "161x64", "digits-cnn", "--contestants", "composer", "--threads", "1")
     assert status == driver.INTERRUPTED
-    assert {row["contestant"] for row in rows} == {"copy", "in-place", "composer"}
+    assert {row["contestant"] for row in rows} == {*CPU_YARDSTICKS, "composer"}
 
 
 def test_plots_are_drawn_from_the_results_alone(tmp_path: Path) -> None:
@@ -353,6 +355,37 @@ def test_every_yardstick_reads_and_writes_one_list() -> None:
             yardstick.run()
             assert torch.equal(yardstick.target, -before if name == "in-place" else yardstick.source), name
             before = yardstick.target.clone()
+
+
+@pytest.mark.parametrize("past_caches", [False, True], ids=["plain stores", "past the caches"])
+@pytest.mark.parametrize("streams", [1, 2, 4, 8])
+def test_every_walk_moves_each_word_once(streams: int, past_caches: bool) -> None:
+    Walk(1, torch.float32, CPU)
+    walk = torch.ops.fastsam_bench.walk
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(2**62, (6 * 2048,), generator=generator) for _ in range(2))
+    for kind in range(4):
+        first, second = x.clone(), y.clone()
+        found = walk(first, second, kind, streams, past_caches)
+        if kind == 0:
+            assert found == functools.reduce(operator.xor, [*x.tolist(), *y.tolist()])
+        w, g, half = x, y, 3 * 2048
+        if kind == 3:  # w and the backup are written
+            w, g = torch.cat([x[:half] ^ y[:half], x[half:]]), torch.cat([y[:half], x[:half]])
+        assert torch.equal(first, w)
+        assert torch.equal(second, [g, x, ~y, g][kind])
+
+
+def test_without_a_compiler_the_walks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", unable)
+    status, rows = run(tmp_path, "--cases", "161x64", "--contestants", "composer", "--threads", "1", "--suite", "step")
+    assert status == 0
+    left_out = {row["contestant"]: row.get("left_out") for row in rows}
+    reason = "RuntimeError: Ninja is required to load C++ extensions"
+    assert left_out == {"copy": None, "in-place": None, "composer": None, "walk": reason}
 
 
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 4.8e12), ("NVIDIA Thing", None)])
