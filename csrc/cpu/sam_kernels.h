@@ -16,7 +16,8 @@ constexpr int64_t kStrip = 256;  // bytes that are walked at a time
 constexpr int64_t kRun = 1024, kLanes = 128, kTile = 16 * kRun;
 
 // Calls f(first, count) on strips that cover [0, n): the `head`, which ends where memory is aligned; then strips of
-// LENGTH, a constant, from `parts` equal parts side by side, each a multiple of UNIT; then from whole units; what is left.
+// LENGTH, a constant, from `parts` equal parts side by side, each a multiple of UNIT; then from whole units; then what
+// is left.
 template <int64_t LENGTH, int64_t UNIT = LENGTH, typename F>
 inline __attribute__((always_inline)) void walk(int64_t parts, int64_t head, int64_t n, const F& f) {
   if (head > 0) f(0, head);
