@@ -1,6 +1,6 @@
-// Walks over two arrays of 64-bit words, without arithmetic to speak of: what a core moves when it reads, copies, changes
-// in place, or reads two arrays and writes two as perturb does, from so many places side by side. Each walk moves as
-// much as a copy: the bytes of both arrays.
+// Walks over two arrays of 64-bit words, without arithmetic to speak of: what a core moves when it reads, copies,
+// changes in place, or reads two arrays and writes two as perturb does, from so many places side by side. Each walk
+// moves as much as a copy: the bytes of both arrays.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
