@@ -51,7 +51,7 @@ class SAMOptimizer(FusedSAM):
     Args:
         base_optimizer: the optimizer to wrap.
         rho: radius of the neighbourhood, >= 0. Composer's method card advises to scale it with `interval`. With
-            direction="momentum", 0.05 stands for that direction's own default, 1.6.
+            direction="momentum", 0.05 stands for that direction's own default, 1.0.
         epsilon: added to the gradient norm, >= 0.
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it.
         **kwargs: `adaptive`, `backend`, `flatten_parameters`, `start` or `direction`, as `FusedSAM` has them.

@@ -56,7 +56,7 @@ def momentum_of(base: Optimizer) -> Direction:
         v: Tensor | None = state.get("exp_avg")
         return state.get("momentum_buffer") if v is None else v
 
-    return Direction(of, "momentum", lambda group: -1.0, two_passes=False, rho=1.6)
+    return Direction(of, "momentum", lambda group: -1.0, two_passes=False, rho=1.0)
 
 
 DIRECTIONS: dict[str, Callable[[Optimizer], Direction]] = {"gradient": lambda base: GRADIENT, "momentum": momentum_of}

@@ -160,6 +160,8 @@ class PlainSAM:
     def directions(self) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
         """(group, p, what p climbs along)."""
         found = []
+        if self.param_groups and not any(group.get("perturb", True) for group in self.param_groups):
+            self.company.may_refuse()  # nothing is perturbed: better met before the first SAM step
         for group in self.param_groups:
             for p in group["params"] if group.get("perturb", True) else ():
                 if self.direction == "momentum":

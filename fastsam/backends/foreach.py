@@ -40,7 +40,8 @@ GRAIN = 2**15 - 1
 
 VECTOR, MANY = 2**11, 8
 """Parameters of one dimension and at most as many elements, where they are not few, are copied by torch.cat, `GRAIN`
-elements a call: in a third to a half of the time of a copy for each."""
+elements a call: in a third to a half of the time of a copy for each. Of a whole step of 161 x 64 that is 6 %, of 100 x
+1000 with two threads 13 % (AMD EPYC, Zen 4); elsewhere nothing."""
 
 GAP = 64
 """Elements, at the most, that lie between neighbours in the backup, for alignment."""
@@ -62,7 +63,7 @@ class _Block:
         group: the param group.
         numel: elements of all.
         weights: what is written to: the parameters, or the piece, flat.
-        saved: where these are saved, in the backup.
+        slices: of the backup, that `weights` are saved in.
     """
 
     def __init__(self, bucket: ParameterBucket, slots: list[int], start: int = 0, numel: int | None = None) -> None:
@@ -70,7 +71,7 @@ class _Block:
         self.group = bucket.groups[slots[0]]
         self.weights = whole if numel is None else [_flat(whole[0])[start : start + numel]]
         self.numel = sum(w.numel() for w in self.weights)
-        self.saved: list[Tensor] = []
+        self.slices: list[Tensor] = []
         self._vectors = all(map(_is_vector, whole))
         self._views: dict[int, list[Tensor]] = {}
         self._slots = slots
@@ -81,14 +82,14 @@ class _Block:
 
     def bind(self, backup: Tensor | None) -> None:
         """Saves in `backup` from now on; None lets go of it."""
-        self.saved = [] if backup is None else _views(backup, self.weights, self._places)
+        self.slices = [] if backup is None else _views(backup, self.weights, self._places)
         end = self._places[-1] + self.weights[-1].numel()
         self._range = backup[self._places[0] : end] if backup is not None and self._filled else None
 
     def save(self) -> None:
         """Copies `weights` to the backup: vectors that are neighbours there by one call."""
         if self._range is None:
-            torch._foreach_copy_(self.saved, self.weights)
+            torch._foreach_copy_(self.slices, self.weights)
         else:
             torch.cat(self._filled, out=self._range)
 
@@ -162,7 +163,7 @@ class _Plan:
         live: the slots.
         stream: the CUDA stream that its memory belongs to; elsewhere None.
         blocks: of the ascent.
-        saved: how many of `blocks` the backup holds, from the first on.
+        blocks_saved: how many of `blocks` the backup holds, from the first on.
         one: 1, 0-d, of the bucket's dtype.
         wide: dtype of the arithmetic.
     """
@@ -170,7 +171,7 @@ class _Plan:
     def __init__(self, bucket: ParameterBucket) -> None:
         self.live = bucket.live()
         self.stream = bucket.stream
-        self.saved = 0
+        self.blocks_saved = 0
         self.one = torch.ones((), dtype=bucket.dtype, device=bucket.device)
         self.wide = torch.float64 if bucket.dtype is torch.float64 else torch.float32
         on_cpu = _on_cpu(bucket)
@@ -220,7 +221,7 @@ class _Plan:
 def norm(bucket: ParameterBucket, scalars: Scalars, finish: bool) -> None:
     """Sums the squares of the bucket's gradients; with `finish` (no other bucket to wait for) also combines."""
     plan = _plan(bucket)
-    plan.saved = 0
+    plan.blocks_saved = 0
     bucket.set_saved(0)
     rows = plan.rows(any(scalars.groups_adaptive))
     for k, block in enumerate(rows.blocks):
@@ -273,8 +274,8 @@ def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
     plan.bind(bucket.backup)
     for k, block in enumerate(plan.blocks):
         block.save()
-        plan.saved = k + 1  # before the first write: a signal handler may restore in between
-        if plan.saved == len(plan.blocks):
+        plan.blocks_saved = k + 1  # before the first write: a signal handler may restore in between
+        if plan.blocks_saved == len(plan.blocks):
             bucket.set_saved(generation)
         grads = block.grads(bucket)
         adaptive = scalars.groups_adaptive[block.group]
@@ -302,12 +303,12 @@ def perturb(bucket: ParameterBucket, scalars: Scalars) -> None:
 def restore(bucket: ParameterBucket) -> None:
     """w <- saved w, bit for bit; nothing where nothing was saved."""
     backup, plan = bucket.backup, bucket.plan  # once: a signal handler may restore in between
-    if backup is None or not isinstance(plan, _Plan) or not plan.saved:
+    if backup is None or not isinstance(plan, _Plan) or not plan.blocks_saved:
         return
     plan.bind(backup)
-    done = plan.blocks[: plan.saved]
+    done = plan.blocks[: plan.blocks_saved]
     weights = itertools.chain.from_iterable(block.weights for block in done)
-    torch._foreach_copy_(list(weights), list(itertools.chain.from_iterable(block.saved for block in done)))
+    torch._foreach_copy_(list(weights), list(itertools.chain.from_iterable(block.slices for block in done)))
     if not _on_cpu(bucket):
         bucket.free_backup()
         plan.bind(None)

@@ -17,6 +17,7 @@ from torch import nn
 
 PACKAGES = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}  # beyond fastsam's own, by module
 try:
+    import sklearn.datasets  # noqa: F401 (training.py imports it when it needs the data)
     from rich import box
     from rich.console import Console
     from rich.progress import Progress

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from pytorch_optimizer import SAM
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -484,7 +485,7 @@ def test_a_plain_runs_distributed_checkpoint(where, tmp_path):
     else:
         sam = FusedSAM(base, rho=0.3)
         state = {"optimizer": get_optimizer_state_dict(other, sam)}
-        with pytest.raises(Exception, match=r"Missing key .*\.param_groups\.0\."):
+        with pytest.raises(CheckpointException, match=r"Missing key .*\.param_groups\.0\."):
             dcp.load(state, checkpoint_id=tmp_path)
         dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
         set_optimizer_state_dict(other, sam, state["optimizer"])

@@ -578,7 +578,7 @@ def test_the_momentum_has_a_radius_of_its_own():
     p = nn.Parameter(torch.ones(2))
     for args in [([p], torch.optim.SGD), (torch.optim.SGD([p], lr=0.1, momentum=0.9),)]:
         own = {"lr": 0.1, "momentum": 0.9} if len(args) == 2 else {}
-        assert FusedSAM(*args, direction="momentum", **own).rho == 1.6
+        assert FusedSAM(*args, direction="momentum", **own).rho == 1.0
         p = nn.Parameter(torch.ones(2))
     assert FusedSAM([p], torch.optim.SGD, lr=0.1, momentum=0.9).rho == 0.05
 
