@@ -114,7 +114,7 @@ Kernels kernels_of(DType dtype) {
 // How many parts of a chunk each pass walks side by side: a core that walks one stream of addresses may have too few
 // cache lines under way. They change no bit.
 //   AMD EPYC (Zen 4), 2 threads, in turns with passes that walk one stream by tiles: ResNet-50 norm 1.04, perturb 1.14,
-//   restore 1.15 times as fast; DenseNet-121 0.91, 1.06, 1.05. norm in one part: 0.95, 0.95; perturb in 4: 1.07, 0.99.
+//   restore 1.15 times as fast; DenseNet-121 0.97, 1.07, 1.03. norm in one part: 0.95, 0.95; perturb in 4: 1.07, 0.99.
 //   Intel Xeon, 2 threads, 33.5M elements, a program of its own, one stream against so many: norm 1.4, perturb 1.1 (16
 //   parts were slower), restore 1.3 times as fast. These kernels have not been measured there.
 struct Parts {
