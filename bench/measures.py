@@ -45,7 +45,7 @@ def extra_memory(action: Callable[[], None], device: torch.device) -> int:
 
 
 def count_launches(action: Callable[[], None]) -> int:
-    """Kernels, copies and fills that `action` starts on the GPU."""
+    """Kernels, copies and fills that `action` starts on the GPU; 0 as well where the profiler may see none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         action()
         torch.cuda.synchronize()

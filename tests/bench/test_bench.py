@@ -412,6 +412,15 @@ def test_a_candidate_changes_a_backend_while_it_is_applied() -> None:
         assert reference.chunk_size(100) == before
 
 
+def test_launches_that_nobody_counted_reach_no_target() -> None:
+    names = {"case": "resnet50", "contestant": "fastsam-cuda", "dtype": "float32", "adaptive": False}
+    times = {"speedup_over": {"foreach-item": 2.0}, "wall_speedup_over": {"davda54": 30.0}}
+    for counted, held in (({}, False), ({"launches": 4}, True), ({"launches": 5}, False)):
+        rows = kernels.targets([{**names, **times, **counted}])
+        [row] = [r for r in rows if "launches" in r["target"] and r["contestant"] == "fastsam-cuda"]
+        assert (row["measured"], row["held"]) == (counted.get("launches"), held)
+
+
 def test_the_step_suite_needs_no_data_set() -> None:
     code = "import sys; sys.modules['sklearn'] = sys.modules['matplotlib'] = None; import bench.__main__"
     subprocess.run([sys.executable, "-c", code], check=True)

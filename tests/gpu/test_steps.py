@@ -128,7 +128,7 @@ def test_all_backends_perturb_to_the_same_bits(dtype, adaptive):
         params = [nn.Parameter(w.clone()) for w in before]
         set_grads(params)
         bucket = ParameterBucket(params, [0] * len(params), ["w"] * len(params), 0, backend.chunk_size)
-        assert bucket.gather()
+        bucket.gather()
         scalars = scalars_of(bucket, adaptive)
         with torch.no_grad():
             backend.norm(bucket, scalars, True)
