@@ -277,7 +277,7 @@ MUTANTS = (
     Mutant(
         "steps are not counted",
         OPTIMIZER,
-        "        self._count_step()\n        return loss",
+        "        self._count_step(completed)\n        return loss",
         "        return loss",
         "interval",
     ),
@@ -515,15 +515,15 @@ MUTANTS = (
     Mutant(
         "the base may step at w + e_w",
         OPTIMIZER,
-        '        """Returns whether somebody steps the base optimizer by itself, which counts as a step."""\n        if self._state.perturbed:',
-        '        """Returns whether somebody steps the base optimizer by itself, which counts as a step."""\n        if False:',
+        '        """Returns how many steps are completed where somebody else steps the base optimizer; else None."""\n        if self._state.perturbed:',
+        '        """Returns how many steps are completed where somebody else steps the base optimizer; else None."""\n        if False:',
         "misuse errors meetings",
     ),
     Mutant(
         "the base leaves fresh gradients",
         OPTIMIZER,
-        "            self._end_between()\n            self._count_step()\n            self._opt_called",
-        "            self._end_between()\n            self._steps += 1\n            self._opt_called",
+        "            self._end_between()\n            self._count_step(completed)\n            self._opt_called",
+        "            self._end_between()\n            self._steps = completed + 1\n            self._opt_called",
         "closure_passes meetings",
     ),
     Mutant(
@@ -809,8 +809,8 @@ MUTANTS = (
     Mutant(
         "a copy's step marks the original's",
         HOOKS,
-        "self._found = method() if method is not None and optimizer is self._base() else False",
-        "self._found = method() if method is not None else False",
+        "self._found = method() if method is not None and optimizer is self._base() else None",
+        "self._found = method() if method is not None else None",
         "checkpoint meetings",
     ),
     Mutant(
@@ -1132,15 +1132,15 @@ MUTANTS = (
     Mutant(
         "a base's own step is not counted",
         OPTIMIZER,
-        "        if by_itself:\n            self._complete_groups()",
-        "        if False:\n            self._complete_groups()",
+        "        if completed is not None:\n            self._end_between()",
+        "        if False:\n            self._end_between()",
         "meetings interval start",
     ),
     Mutant(
         "the end of what is between",
         OPTIMIZER,
-        "            self._complete_groups()\n            self._end_between()\n",
-        "            self._complete_groups()\n",
+        "            self._end_between()\n            self._count_step(completed)\n",
+        "            self._count_step(completed)\n",
         "meetings misuse",
     ),
     Mutant(
@@ -1153,8 +1153,8 @@ MUTANTS = (
     Mutant(
         "new groups restart the count",
         WRAPPER,
-        'group.get(COUNTER) or self._settings["steps"]',
-        "group.get(COUNTER) or 0",
+        'default=self._settings["steps"])',
+        "default=0)",
         "meetings start",
     ),
     Mutant(
