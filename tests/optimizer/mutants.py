@@ -207,7 +207,7 @@ MUTANTS = (
         OPTIMIZER,
         "        except BaseException:\n            self._restore()\n            raise\n        if not climbed:",
         "        except BaseException:\n            raise\n        if not climbed:",
-        "errors interrupt",
+        "corners",
     ),
     Mutant(
         "first_step rehearses nothing",
@@ -1120,7 +1120,7 @@ MUTANTS = (
         DIRECTION,
         '-1.0 if group.get("maximize") else 1.0',
         "1.0",
-        "meetings",
+        "momentum",
     ),
     Mutant(
         "a shared parameter is perturbed twice",
