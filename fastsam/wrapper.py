@@ -333,7 +333,7 @@ class OptimizerWrapper(Optimizer):
         if self.grad_scaler is not None and not self.grad_scaler.is_enabled():
             there.remove("grad_scaler")
         lost = self._lost | there
-        return {name: getattr(self, name) for name in PICKLED} | {"_settings": dict(self._settings), "_lost": lost}
+        return {name: getattr(self, name) for name in PICKLED} | {"_lost": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = {"_of_training": dict.fromkeys(UNPICKLED), **state, "_lost": set(state.get("_lost", ()))}

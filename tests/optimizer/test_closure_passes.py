@@ -99,6 +99,18 @@ def test_gradients_from_before_construction_are_stale(backend, passes):
         assert_same_weights(task, hand)
 
 
+def test_what_restore_leaves_is_stale(backend):
+    task, hand = Task(), ByHand()
+    sam = wrap(task, backend, "auto")
+    task.backward(9)
+    sam.first_step(zero_grad=True)
+    task.backward(9)
+    sam.restore()
+    assert sam.step(task.closure(0, "optimizer")) is not None  # the loss at w, which the closure computed
+    hand.sam_step(0)
+    assert_same_weights(task, hand)
+
+
 @each_way
 @pytest.mark.parametrize("interval", [1, 2])
 def test_switched_on_after_steps_of_the_base_optimizer(backend, passes, interval):

@@ -84,6 +84,36 @@ def test_zero_grad_that_raises_in_first_step_leaves_w(backend):
     assert p.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_zero_grad_that_raises_in_second_step_leaves_nothing_fresh(backend):
+    """The step was taken, so the gradient that stays is not the one at w of the next step."""
+
+    class Base(torch.optim.SGD):
+        fails = False
+
+        def zero_grad(self, set_to_none=True):
+            if self.fails:
+                raise OSError("no")
+            super().zero_grad(set_to_none)
+
+    p = Parameter(torch.ones(3))
+    sam = FusedSAM([p], Base, backend=backend, lr=0.1)
+    p.grad = torch.ones(3)
+    sam.first_step(zero_grad=True)
+    p.grad = torch.ones(3)
+    sam.base_optimizer.fails = True
+    with pytest.raises(OSError, match="no"):
+        sam.second_step(zero_grad=True)
+    sam.base_optimizer.fails = False
+    calls = []
+
+    def closure():
+        calls.append(sam.perturbed)
+        p.grad = torch.ones(3)
+
+    sam.step(closure)
+    assert calls == [False, True]
+
+
 def test_base_whose_zero_grad_takes_no_argument():
     class Base(torch.optim.SGD):
         def zero_grad(self):

@@ -280,6 +280,28 @@ def test_sparse_gradients(backend, form):
         assert same_bits([p.detach() for _, p in names], before)
 
 
+class Elsewhere(torch.Tensor):
+    """Values in another tensor: there is no memory at data_ptr(), and no dequantize() that tells them."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, strides=values.stride(), dtype=values.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_a_gradient_that_cant_be_read(backend):
+    """Taken for none, it would leave its parameter out in silence."""
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    sam = FusedSAM([w, v], torch.optim.SGD, backend=backend, lr=0.1)
+    w.grad, v.grad = torch.ones(3), Elsewhere(torch.ones(3))
+    with pytest.raises(TypeError, match=r"gradient of parameter 1 .* is a Elsewhere, which has no memory of its own"):
+        sam.first_step()
+    assert same_bits([w, v], [torch.ones(3)] * 2)
+
+
 def test_sparse_gradient_after_dense_ones(backend):
     p = nn.Parameter(torch.ones(4, 2))
     sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)

@@ -1,5 +1,7 @@
 """interval: step k, from 0, is a SAM step when (k + 1) % interval == 0; the others are the base optimizer's."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,16 @@ def test_first_step_may_be_left_out_on_a_plain_step():
     assert not same_bits(weights(model), before)
     with pytest.raises(RuntimeError, match="first_step"):
         sam.step()
+
+
+def test_the_first_pass_context_is_not_for_plain_steps():
+    """Under no_sync the only gradient of a plain step would differ between the ranks."""
+    model, sam = make(None, 2)
+    entered = []
+    sam.first_pass_context = lambda: nullcontext(entered.append(sam.is_sam_step))
+    for i in range(4):
+        closure(model, sam, i)
+    assert entered == [True, True]
 
 
 def test_stale_gradients_are_not_stepped_by_on_a_plain_step():

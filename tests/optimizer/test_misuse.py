@@ -124,6 +124,7 @@ def test_first_step_again_watches_anew(backend):
     sam.first_step()  # the sum of two micro-batches is the gradient now
     sam.second_step()
     assert sam.param_groups[0]["sam_step"] == 1
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # nor does the first watch go on
 
 
 # -- the base optimizer's own step -------------------------------------------------------------------------------------

@@ -127,6 +127,16 @@ def test_dtypes_restore_to_the_bit(backend, dtype):
             sam.zero_grad()
 
 
+def test_looking_for_the_momentum_makes_no_state(backend):
+    """The state of torch's optimizers is a defaultdict; an empty entry would be saved, and taken for a state."""
+    model, sam = make(backend)
+    assert not sam.first_step()
+    assert not sam.state
+    loss_of(model, 0).backward()
+    sam.second_step()
+    assert sam.state.keys() == set(model.parameters())
+
+
 def test_rho_of_groups_and_of_a_tensor(backend):
     model, _ = make()
     rho = torch.tensor(0.2)

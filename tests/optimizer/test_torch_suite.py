@@ -191,6 +191,21 @@ def test_state_dict_and_load_hooks():
     assert "extra" not in sam.state_dict()
 
 
+def test_a_load_hook_that_writes_leaves_the_callers_state_dict():
+    model = make_model()
+    sam = construct(model, "SGD nesterov")
+    step(model, sam, 0)
+    state_dict = sam.state_dict()
+    keys = set(state_dict)
+
+    def drop(optimizer, loaded):
+        del loaded["fastsam_settings"]
+
+    sam.register_load_state_dict_pre_hook(drop)
+    sam.load_state_dict(state_dict)
+    assert set(state_dict) == keys
+
+
 def test_a_step_pre_hook_may_change_the_arguments():
     model = make_model()
     sam = construct(model, "SGD")
