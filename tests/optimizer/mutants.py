@@ -565,14 +565,14 @@ MUTANTS = (
         WRAPPER,
         '        self._require_idle("state_dict()")\n',
         "",
-        "checkpoint errors misuse meetings",
+        "optimizer checkpoint",
     ),
     Mutant(
         "load_state_dict while perturbed",
         WRAPPER,
         '        self._require_idle("load_state_dict()")\n',
         "",
-        "checkpoint errors misuse meetings",
+        "optimizer checkpoint",
     ),
     Mutant(
         "load_state_dict writes to its argument",
@@ -649,7 +649,7 @@ MUTANTS = (
         WRAPPER,
         '        self._require_idle("pickle and deepcopy")\n',
         "",
-        "checkpoint misuse errors meetings",
+        "optimizer checkpoint",
     ),
     Mutant(
         "a pickle forgets what it lost",
@@ -1132,7 +1132,7 @@ MUTANTS = (
         OPTIMIZER,
         "            self._end_between()\n            self._count_step(completed)\n",
         "            self._count_step(completed)\n",
-        "misuse",
+        "misuse meetings",
     ),
     Mutant(
         "the count restarts with the groups",

@@ -251,3 +251,23 @@ def test_a_zero_grad_of_somebody_elses_is_still_called():
     sam = FusedSAM(base, rho=0.5)
     two_calls(model, sam, zero_grad=False)
     assert len(calls) == 2
+
+
+def test_a_copy_that_brings_its_hooks_steps_its_own():
+    """torch's optimizers leave their hooks behind; one whose state is its __dict__ takes them along."""
+
+    class Base(torch.optim.SGD):
+        def __getstate__(self):
+            return self.__dict__
+
+    model = nn.Linear(4, 3)
+    sam = FusedSAM(Base(model.parameters(), lr=0.1))
+    twin, copied = copy.deepcopy((model, sam.base_optimizer))
+    assert copied._optimizer_step_pre_hooks
+    backward(model)
+    backward(twin)
+    sam.first_step()
+    copied.step()  # the original is perturbed, the copy is not
+    assert sam.perturbed
+    sam.restore()
+    assert sam.param_groups[0]["sam_step"] == 0
