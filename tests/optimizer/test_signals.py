@@ -153,3 +153,25 @@ def test_restore_while_a_closure_runs_ends_the_step():
     assert training.sam.param_groups[0]["sam_step"] == 0
     training.by_closure()
     assert training.sam.param_groups[0]["sam_step"] == 1
+
+
+def test_restore_while_perturb_writes_ends_first_step(backend, monkeypatch):
+    """The handler's restore() comes in the midst; perturb goes on, and then w has to be restored once more."""
+    training = Training(backend)
+    training.closure()
+    w = training.weights()
+    perturbation = training.sam._state.perturbation
+    usual = type(perturbation).perturb
+
+    def interrupted():
+        training.sam.restore()  # before the first write: what follows is the rest of perturb
+        usual(perturbation)
+
+    monkeypatch.setattr(perturbation, "perturb", interrupted)
+    with pytest.raises(RuntimeError, match="by a signal handler, while first_step"):
+        training.sam.first_step()
+    assert not training.sam.perturbed
+    assert same_bits(training.weights(), w)
+    monkeypatch.undo()
+    training.two_calls()  # and the next step is as any other
+    assert not training.sam.perturbed
