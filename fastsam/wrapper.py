@@ -278,6 +278,7 @@ class OptimizerWrapper(Optimizer):
             RuntimeError: perturbed.
         """
         self._require_idle("state_dict()")
+        self._complete_groups()  # a group that came past this class is saved with the same count as the others
         for pre_hook in hooks(self, "state_dict_pre"):
             pre_hook(self)
         state_dict = with_options(self.base_optimizer.state_dict(), self._own_options(), self._settings)

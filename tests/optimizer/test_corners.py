@@ -230,3 +230,17 @@ def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_
     model, sam = make(interval=2)
     sam.base_optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
     assert not sam.is_sam_step
+
+
+def test_a_group_that_came_past_the_class_is_saved_with_the_count_of_the_others():
+    model, sam = make()
+    for _ in range(2):
+        backward(model)
+        sam.first_step(zero_grad=True)
+        backward(model)
+        sam.second_step(zero_grad=True)
+    sam.base_optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    saved = sam.state_dict()
+    assert [group["sam_step"] for group in saved["param_groups"]] == [2, 2]
+    sam.load_state_dict(saved)
+    assert [group["sam_step"] for group in sam.param_groups] == [2, 2]
