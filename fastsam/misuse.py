@@ -81,7 +81,11 @@ def restore_unfinished(state: State, what: str = "a FusedSAM was deleted") -> No
     """Restores the weights of a step that nobody will finish; what somebody has written to since stays."""
     if not state.perturbed:
         return
-    written = state.perturbation.restore_unwritten()
+    written = False
+    if state.phase is Phase.ABOVE:
+        written = state.perturbation.restore_unwritten()
+    else:  # an interrupt cut perturb short: who has written since can't be told
+        state.perturbation.restore()
     state.phase = Phase.AT_W
     warnings.warn(
         f"{what} while the weights were perturbed (w + e_w), as an interrupted loop does: they are restored"

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastsam
 from fastsam import FusedSAM, closures, notices
+from fastsam.state import Phase
 from tests.oracle import PlainSAM, copies, same_bits
 
 BACKENDS = ["foreach", "cpp"]  # what is tested here depends on no arithmetic
@@ -637,3 +638,17 @@ def test_a_collected_one_restores_unless_somebody_wrote_since(backend, written):
         gc.collect()
     after = [torch.zeros_like(p) for p in w] if written else w
     assert same_bits(copies(model.parameters()), after)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_ascent_that_was_cut_short_is_restored_by_the_next_construction(backend):
+    """An interrupt between two lines: the phase says that perturb writes, and it has not begun."""
+    model, sam = make(backend)
+    w = copies(model.parameters())
+    backward(model)
+    sam._state.perturbation.measure(sam.param_groups)
+    sam._state.phase = Phase.CLIMBING
+    with pytest.warns(UserWarning, match="an earlier FusedSAM had been left"):
+        FusedSAM(sam.base_optimizer)
+    assert not sam.perturbed
+    assert same_bits(copies(model.parameters()), w)
