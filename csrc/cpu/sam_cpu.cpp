@@ -45,7 +45,6 @@ struct Kernels {
 #undef FASTSAM_VECTOR_BYTES
 
 #ifdef FASTSAM_X86
-#define FASTSAM_F16C
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -111,41 +110,43 @@ Kernels kernels_of(DType dtype) {
   return baseline::kernels_of(dtype);
 }
 
-// How many parts of a chunk each pass walks side by side: a core that walks one stream of addresses may have too few
-// cache lines under way. They change no bit.
-//   AMD EPYC (Zen 4), 2 threads, in turns with passes that walk one stream by tiles: ResNet-50 norm 1.04, perturb 1.14,
-//   restore 1.15 times as fast; DenseNet-121 0.97, 1.07, 1.03. norm in one part: 0.95, 0.95; perturb in 4: 1.07, 0.99.
-//   Intel Xeon, 2 threads, 33.5M elements, a program of its own, one stream against so many: norm 1.4, perturb 1.1 (16
-//   parts were slower), restore 1.3 times as fast. These kernels have not been measured there.
-struct Parts {
+// What was measured to be fastest on a processor; it changes no bit.
+struct Tuning {
+  // Parts of a chunk that each pass walks side by side: a core that walks one stream of addresses may have too few cache
+  // lines under way.
   int64_t norm, perturb, restore;
+  // Backups and parameters of buckets above this are written past the caches. In smaller ones the second read finds them
+  // there, of the backup by restore, of the weights by the base optimizer's step.
+  int64_t stream_bytes;
 };
 
-Parts best_parts() {
-  const char* variable = std::getenv("FASTSAM_CPU_PARTS");  // to try another number
-  const int64_t wanted = variable == nullptr ? 0 : std::atoi(variable);
-  if (wanted > 0) return {wanted, wanted, wanted};
+Tuning best_tuning() {
 #ifdef FASTSAM_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return {8, 4, 8};
+  const bool intel = __builtin_cpu_is("intel");
+#else
+  const bool intel = false;
 #endif
-  return {4, 1, 4};
+  // Intel Xeon, 2 threads, 33.5M elements, a program of its own, one stream against so many: norm 1.4, perturb 1.1 (16
+  // parts were slower), restore 1.3 times as fast; these kernels have not been measured there. Streaming stores: restore
+  // and the base's step took 1.4 ms with them and 0.6 without at 4 MB, and were even at 32 MB.
+  // AMD EPYC (Zen 4), 1 and 2 threads, 1e6 to 1e8 elements: with 2, 4, 8 parts norm was 0.8 to 1.0 times as fast as with
+  // one, perturb 0.8 to 1.0, restore 0.9 to 1.1. Streaming stores, the three passes and the base's step: 0.9 to 1.0
+  // times as fast at 4 MB, 1.02 to 1.08 at 8 MB, 1.05 to 1.19 from 15 to 38 MB.
+  Tuning tuning = intel ? Tuning{8, 4, 8, 24 << 20} : Tuning{1, 1, 1, 6 << 20};
+  const char* variable = std::getenv("FASTSAM_CPU_PARTS");  // to try another number
+  const int64_t wanted = variable == nullptr ? 0 : std::atoi(variable);
+  if (wanted > 0) tuning.norm = tuning.perturb = tuning.restore = wanted;
+  return tuning;
 }
 
-const Parts& parts() {
-  static const Parts chosen = best_parts();
+const Tuning& tuning() {
+  static const Tuning chosen = best_tuning();
   return chosen;
 }
 
 // Below this a thread is woken for less work than waking it costs.
 constexpr int64_t kGrain = 32768;
-
-// Backups and parameters of larger buckets are written past the caches. In smaller ones the second read finds them there:
-// at 4 MB, a restore and the base step after it took 0.6 ms with plain stores and 1.4 ms with streaming ones; at 32 MB
-// the two broke even. That was an Intel Xeon; on an AMD EPYC (Zen 3) streaming ones saved a fifth of SAM's own time at
-// 16, 32 and 100 MB (median of runs that took turns), and 3 to 9 % of a step with the base optimizer's. So: below the size
-// that broke even, by a margin.
-constexpr int64_t kStreamBytes = 24 << 20;
 
 // Calls f on every chunk that has a gradient, in one parallel region; threads share elements, not chunks, evenly.
 template <typename F>
@@ -163,7 +164,7 @@ void for_each_chunk(const Bucket& bucket, const F& f) {
   });
 }
 
-bool streams(const Bucket& bucket, int64_t item_size) { return backup_size(bucket) * item_size > kStreamBytes; }
+bool streams(const Bucket& bucket, int64_t item_size) { return backup_size(bucket) * item_size > tuning().stream_bytes; }
 
 template <typename T = void>
 T* at(int64_t address, int64_t offset, int64_t item_size) {
@@ -184,7 +185,7 @@ double square_sum(const Bucket& bucket, const int32_t* adaptive, double* partial
     const int64_t g = bucket.grads[c.slot];
     partials[i] = g == 0 ? 0
                          : k.square_sum(at(bucket.weights[c.slot], c.offset, k.item_size), at(g, c.offset, k.item_size),
-                                        c.length(), adaptive[c.group()] != 0, parts().norm);
+                                        c.length(), adaptive[c.group()] != 0, tuning().norm);
   });
   double sum = 0;
   for (int64_t i = 0; i < bucket.n_chunks; ++i) sum += partials[i];
@@ -199,7 +200,7 @@ void perturb(const Bucket& bucket, const int32_t* adaptive, const double* scale,
     if (g == 0) return;
     k.perturb(at(bucket.weights[c.slot], c.offset, k.item_size), at(g, c.offset, k.item_size),
               static_cast<char*>(backup) + c.backup * k.item_size, scale[c.group()], c.length(),
-              adaptive[c.group()] != 0, parts().perturb, stream);
+              adaptive[c.group()] != 0, tuning().perturb, stream);
   });
 }
 
@@ -209,7 +210,7 @@ void restore(const Bucket& bucket, const void* backup) {
   for_each_chunk(bucket, [&](const Chunk& c, int64_t) {
     if (bucket.grads[c.slot] == 0) return;
     k.copy(at(bucket.weights[c.slot], c.offset, k.item_size),
-           static_cast<const char*>(backup) + c.backup * k.item_size, c.length() * k.item_size, parts().restore,
+           static_cast<const char*>(backup) + c.backup * k.item_size, c.length() * k.item_size, tuning().restore,
            stream);
   });
 }

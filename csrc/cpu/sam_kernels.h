@@ -1,7 +1,6 @@
 // The kernels of one chunk. No include guard: sam_cpu.cpp includes this file once for each instruction set, with
 //   FASTSAM_ISA           the namespace
 //   FASTSAM_VECTOR_BYTES  the width of its vectors
-//   FASTSAM_F16C          defined where the processor converts fp16
 // and the compiler's target set. What is included from here must have been included before.
 
 namespace fastsam::cpu {
@@ -53,7 +52,11 @@ inline void narrow(const float* __restrict x, BFloat16* __restrict y, int64_t n)
 
 inline void widen(const Half* __restrict x, float* __restrict y, int64_t n) {
   int64_t whole = 0;
-#ifdef FASTSAM_F16C
+#if FASTSAM_VECTOR_BYTES == 64
+  whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16)
+    _mm512_storeu_ps(y + i, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+#elif FASTSAM_VECTOR_BYTES == 32
   whole = n / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8)
     _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
@@ -63,7 +66,12 @@ inline void widen(const Half* __restrict x, float* __restrict y, int64_t n) {
 
 inline void narrow(const float* __restrict x, Half* __restrict y, int64_t n) {
   int64_t whole = 0;
-#ifdef FASTSAM_F16C
+#if FASTSAM_VECTOR_BYTES == 64
+  whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
+                        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#elif FASTSAM_VECTOR_BYTES == 32
   whole = n / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
@@ -95,13 +103,13 @@ inline __attribute__((always_inline)) const A* norm_terms(const T* w, const T* g
   return gradient;
 }
 
-// Adds the squares of x, n of a run, to its lanes.
+// Adds the squares of x, n of a run, to its lanes; sets them with `first`.
 template <typename A>
-inline __attribute__((always_inline)) void add_squares(A* sums, const A* x, int64_t n) {
+inline __attribute__((always_inline)) void add_squares(A* sums, const A* x, int64_t n, bool first) {
   constexpr int64_t lanes = kLanes / sizeof(A), width = FASTSAM_VECTOR_BYTES / sizeof(A), vectors = lanes / width;
   typedef A Vector __attribute__((vector_size(FASTSAM_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
-  Vector sum[vectors];
-  std::memcpy(sum, sums, kLanes);
+  Vector sum[vectors] = {};
+  if (!first) std::memcpy(sum, sums, kLanes);
   const int64_t whole = n / lanes * lanes;
   for (int64_t i = 0; i < whole; i += lanes) {
     for (int k = 0; k < vectors; ++k) {
@@ -117,8 +125,9 @@ inline __attribute__((always_inline)) void add_squares(A* sums, const A* x, int6
 template <typename A>
 inline double total(const A (*sums)[kLanes / sizeof(A)], int64_t runs) {
   constexpr int lanes = kLanes / sizeof(A);
-  double sum[lanes] = {};
-  for (int64_t run = 0; run < runs; ++run)
+  double sum[lanes];
+  for (int k = 0; k < lanes; ++k) sum[k] = sums[0][k];
+  for (int64_t run = 1; run < runs; ++run)
     for (int k = 0; k < lanes; ++k) sum[k] += sums[run][k];
   for (int half = lanes / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
@@ -131,17 +140,17 @@ double sum_of_runs(const T* w, const T* g, int64_t n, int64_t parts) {
   using A = typename Arithmetic<T>::type;
   const int64_t runs = (n + kRun - 1) / kRun;
   alignas(kLine) S sums[kTile / kRun][kLanes / sizeof(S)];
-  std::memset(sums, 0, runs * kLanes);
   walk<kStrip / sizeof(T), kRun>(parts, 0, n, [&](int64_t first, auto count) __attribute__((always_inline)) {
     alignas(kLine) A x[kRun], y[kRun];
     const A* terms = norm_terms<ADAPTIVE>(w + first, g + first, x, y, count);
     S* lanes = sums[first / kRun];
+    const bool fresh = first % kRun == 0;
     if constexpr (std::is_same_v<S, A>) {
-      add_squares(lanes, terms, count);
+      add_squares(lanes, terms, count, fresh);
     } else {
       S wide[kRun];
       for (int64_t k = 0; k < count; ++k) wide[k] = terms[k];
-      add_squares(lanes, wide, count);
+      add_squares(lanes, wide, count, fresh);
     }
   });
   return total(sums, runs);
@@ -190,8 +199,12 @@ inline __attribute__((always_inline)) void copy_strip(void* to, const void* from
 inline void copy(void* to, const void* from, int64_t bytes, int64_t parts, bool stream) {
   char* dst = static_cast<char*>(to);
   const char* src = static_cast<const char*>(from);
+  if (!stream) {
+    std::memcpy(dst, src, bytes);
+    return;
+  }
   walk<kStrip>(parts, misaligned(dst, bytes), bytes, [=](int64_t first, auto count) __attribute__((always_inline)) {
-    copy_strip(dst + first, src + first, count, stream);
+    copy_strip(dst + first, src + first, count, true);
   });
 }
 
