@@ -64,7 +64,7 @@ def remember_scaler(sam: Optimizer) -> None:
 
 def in_scaler_step(sam: Optimizer) -> bool:
     """Whether scaler.step(sam) is what called."""
-    return hasattr(sam, "found_inf")
+    return "found_inf" in vars(sam)
 
 
 def clear_scaler_attributes(sam: Optimizer) -> None:
@@ -128,7 +128,7 @@ def step(scaler: GradScaler | None, sam: Optimizer, base: Optimizer) -> None:
 
 
 def _step_base(sam: Optimizer, base: Optimizer) -> None:
-    grad_scale, found_inf = getattr(sam, "grad_scale", None), getattr(sam, "found_inf", None)
+    grad_scale, found_inf = map(vars(sam).get, ("grad_scale", "found_inf"))
     if found_inf is None and grad_scale is None:
         base.step()
     elif _supports_scaling(base):

@@ -17,12 +17,11 @@ __all__ = ["Closure", "Passes", "Trainer", "advice", "before_second_step"]
 Closure = Callable[..., Any]
 
 MODULES = {
-    "accelerate": "fastsam.accelerate",
-    "composer": "fastsam.composer",
-    "lightning": "fastsam.lightning",
-    "pytorch_lightning": "fastsam.lightning",
+    "fastsam.accelerate": {"accelerate"},
+    "fastsam.composer": {"composer"},
+    "fastsam.lightning": {"lightning", "pytorch_lightning"},
 }
-"""Trainers, and who knows them."""
+"""Who knows the trainers, and what these are imported as."""
 
 
 class Passes(NamedTuple):
@@ -87,5 +86,5 @@ def before_second_step(sam: object) -> None:
 
 
 def _imported() -> list[Trainer]:
-    ours = dict.fromkeys(module for trainer, module in MODULES.items() if trainer in sys.modules)
-    return [cast(Trainer, importlib.import_module(module).TRAINER) for module in ours]
+    there = [ours for ours, trainers in MODULES.items() if not sys.modules.keys().isdisjoint(trainers)]
+    return [cast(Trainer, importlib.import_module(ours).TRAINER) for ours in there]

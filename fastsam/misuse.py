@@ -31,7 +31,7 @@ __all__ = [
     "tell_without_ascent",
 ]
 
-_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+_alive: list[weakref.ref[Any]] = []
 _lock = threading.Lock()
 
 _SECOND_PASS_ERRORS = ("backward through the graph a second time", "modified by an inplace operation")
@@ -46,14 +46,15 @@ _GRAPH_OF_W = (
 
 def register(sam: object) -> None:
     """Notes that there is another FusedSAM."""
+    global _alive
     with _lock:
-        _alive.add(sam)
+        _alive = [*(ref for ref in _alive if ref() is not None), weakref.ref(sam)]  # who looks at the old one may go on
 
 
 def _others_with(params: Callable[[], list[Tensor]], sam: object = None) -> list[Any]:
     """The other FusedSAMs that are perturbed, of those that have one of the parameters."""
-    with _lock:
-        perturbed = [other for other in _alive if other is not sam and other._state.perturbed]
+    alive = [ref() for ref in _alive]
+    perturbed = [other for other in alive if other is not None and other is not sam and other._state.perturbed]
     if not perturbed:
         return []
     ids = set(map(id, params()))

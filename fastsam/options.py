@@ -214,6 +214,8 @@ def parameter_name(group: Group, group_index: int, index: int) -> str:
 
 def host_value(rho: float | Tensor) -> float | Tensor:
     """rho as a float where that costs no wait."""
+    if type(rho) is float:
+        return rho
     if isinstance(rho, Tensor):
         return float(rho) if rho.device.type == "cpu" else rho
     return float(rho) if isinstance(rho, numbers.Real) else rho

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from operator import is_
 from typing import Any
@@ -52,7 +51,7 @@ class Perturbation:
         self._in_graphs: list[object] = []  # what a CUDA graph reads and writes at every replay lives as long as this
         self._params: list[list[Tensor]] = []
         self._process_group: ProcessGroup | None = None
-        self._options: tuple[list[Any], ...] | None = None
+        self._options: list[tuple[Any, ...]] | None = None
         self._versions: list[list[int]] = []
         self.rehearsed = False
         self._warned = False
@@ -159,9 +158,13 @@ class Perturbation:
 
     def all_written(self) -> bool:
         """Whether somebody has written to every perturbed parameter since `perturb`, as load_state_dict does."""
-        live = [bucket.live_params() for _, bucket in self.buckets]
-        pairs = zip(itertools.chain(*live), itertools.chain(*self._versions), strict=False)
-        return any(live) and all(p._version != version for p, version in pairs)
+        live = False
+        for (_, bucket), versions in zip(self.buckets, self._versions, strict=False):
+            for p, version in zip(bucket.live_params(), versions, strict=False):
+                if p._version == version:
+                    return False
+                live = True
+        return live
 
     def release(self) -> None:
         """Lets go of the gradients that a failed `measure` took up."""
@@ -274,18 +277,16 @@ class Perturbation:
         self._on_cuda = [bucket for _, bucket in buckets if bucket.stream is not None]
 
     def _set_options(self, groups: list[Group]) -> None:
-        rho = [host_value(group["rho"]) for group in groups]
-        epsilon = [group["epsilon"] for group in groups]
-        adaptive = [group["adaptive"] for group in groups]
-        signs = [self.direction.sign(group) for group in groups]
-        options = (rho, epsilon, adaptive, signs, [group["perturb"] for group in groups])
-        on_device = any(isinstance(r, Tensor) for r in rho)
+        sign = self.direction.sign
+        options = [(host_value(g["rho"]), g["epsilon"], g["adaptive"], sign(g), g["perturb"]) for g in groups]
+        on_device = any(isinstance(rho, Tensor) for rho, *_ in options)
         if not on_device and options == self._options:
             return
         self._options = None
         for i, group in enumerate(groups):
             check_options(group, f" of param group {i}")
-        signed = [r if sign > 0 else -r for r, sign in zip(rho, signs, strict=True)]
+        signed = [rho if sign > 0 else -rho for rho, _, _, sign, _ in options]
+        epsilon, adaptive = [g["epsilon"] for g in groups], [g["adaptive"] for g in groups]
         graphs = sum(bucket.grad_table.graphs for bucket in self._on_cuda)
         for scalars in self._scalars.values():
             scalars.set_groups(signed, epsilon, adaptive, graphs)

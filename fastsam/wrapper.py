@@ -32,6 +32,7 @@ from fastsam.torch_api import disable_dynamo, hooks
 
 __all__ = ["OptimizerWrapper", "or_default"]
 
+_KEYS = frozenset((*OPTIONS, COUNTER))
 PICKLED = ("base_optimizer", "defaults", "flatten_parameters", "_settings", "_backend")
 
 
@@ -242,7 +243,7 @@ class OptimizerWrapper(Optimizer):
     def _complete_groups(self) -> None:
         """Gives FusedSAM's keys to groups that came to the base optimizer past this class."""
         groups = self.param_groups
-        if any(key not in group for group in groups for key in (*OPTIONS, COUNTER)):
+        if not all(group.keys() >= _KEYS for group in groups):
             steps = max((int(group[COUNTER]) for group in groups if COUNTER in group), default=self._settings["steps"])
             for i, group in enumerate(groups):
                 if COUNTER not in group:
