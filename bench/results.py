@@ -119,7 +119,7 @@ def percent(share: float | None) -> str:
 
 
 STEP_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "contestant": lambda row: row["contestant"],
+    "contestant": lambda row: row["contestant"] + (f" ({row['way']})" if "way" in row else ""),
     "device time": lambda row: duration(row.get("device_us")) + r"\*" * outruns_the_queue(row),
     "wall time": lambda row: duration(row["wall_us"]),
     "host time": lambda row: duration(row.get("host_us")),

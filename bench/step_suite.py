@@ -104,6 +104,8 @@ def measure(
     samples = interleave({**measured, **turns}, setting.device, seconds=seconds, on_turn=on_turn)
     for name in samples:
         found.setdefault(name, {}).update(figures(case, setting, name, samples))
+        if name in measured and (way := measured[name].way) is not None:
+            found[name]["way"] = way
     return [describe(case, setting, name) | found[name] for name in found]
 
 
