@@ -6,12 +6,16 @@ weight.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+Hooks = OrderedDict[int, Callable[..., Any]]
 
 
 class Refused(Exception):
@@ -114,7 +118,9 @@ class PlainSAM:
         self.saved: dict[Tensor, tuple[Tensor, int]] | None = None
         self.announced: dict[Tensor, tuple[Tensor, int]] | None = None  # a plain step, by these gradients
         self.norm: float | None = None
-        self.hook: Callable[..., Any] | None = None
+        self.perturbed_loss: Tensor | None = None
+        self.pre_hooks: Hooks = OrderedDict()
+        self.post_hooks: Hooks = OrderedDict()
         self.grad_scaler: Any = None
         self.examined = False
         self.known: dict[Tensor, tuple[Tensor, int]] = {}
@@ -177,6 +183,7 @@ class PlainSAM:
 
     @torch.no_grad()
     def climb(self) -> bool:
+        self.require_idle()
         terms = self.directions()
         if not terms and self.direction == "gradient":
             raise Refused("no gradient")
@@ -203,6 +210,7 @@ class PlainSAM:
     def first_step(self, zero_grad: bool = False) -> bool:
         self.require_idle()
         self.complete_groups()
+        self.perturbed_loss = None
         if self.is_sam_step and self.climb():
             if zero_grad:
                 self.zero_grad()
@@ -218,10 +226,13 @@ class PlainSAM:
 
     def step(self, closure: Callable[[], Tensor] | None = None, by: Any = Optimizer.step) -> Tensor | None:
         try:
+            if by is Optimizer.step:
+                self.run(self.pre_hooks)
             self.complete_groups()
-            if self.hook is not None and by is Optimizer.step:
-                self.hook(self, (), {})
-            return self.whole_step(closure, by)
+            loss = self.whole_step(closure, by)
+            if by is Optimizer.step:
+                self.run(self.post_hooks)
+            return loss
         except BaseException:
             self.back()
             self.mark()
@@ -231,6 +242,8 @@ class PlainSAM:
 
     def whole_step(self, closure: Callable[[], Tensor] | None, by: Any) -> Tensor | None:
         loss = None
+        if self.saved is None:
+            self.perturbed_loss = None
         if closure is None:
             only_pass = self.direction == "momentum" and self.announced is not None
             if self.saved is None and self.is_sam_step and not only_pass:
@@ -241,7 +254,7 @@ class PlainSAM:
             if self.saved is None and self.is_sam_step and self.climb():
                 self.zero_grad()
             climbed = self.saved is not None
-            loss = closure()
+            loss = self.call(closure)
             self.require_perturbed(climbed)
         else:
             taken = False
@@ -249,7 +262,7 @@ class PlainSAM:
                 taken = self.gradients_are_there()
                 is_sam_step = self.is_sam_step
                 if not taken:
-                    loss = closure()
+                    loss = self.call(closure)
                 if is_sam_step:
                     self.climb()
                     self.zero_grad()
@@ -257,7 +270,7 @@ class PlainSAM:
                 watched = taken and self.closure_passes == "auto" and not self.examined
                 self.examined |= watched
                 self.company.cleared = False
-                closure()
+                self.call(closure)
                 if watched and self.company.cleared:  # one that clears the gradients computes both, from now on
                     self.closure_passes = "two"
                 self.require_perturbed(True)
@@ -266,13 +279,20 @@ class PlainSAM:
         self.base.step(by if self.grad_scaler is None else self.grad_scaler.step)
         return loss
 
+    @torch.enable_grad()
+    def call(self, closure: Callable[[], Tensor]) -> Tensor:
+        loss = closure()
+        if self.saved is not None:
+            self.perturbed_loss = loss.detach()
+        return loss
+
     def scaler_step(self, scaler: Any) -> None:
-        """What an unmodified ``scaler.step(sam)`` has to come to: the hook sees what it would see on the base."""
-        handle = None if self.hook is None else self.base.optimizer.register_step_pre_hook(self.hook)
+        """What an unmodified ``scaler.step(sam)`` has to come to: the hooks see what they would see on the base."""
+        handles = [self.base.optimizer.register_step_pre_hook(hook) for hook in self.pre_hooks.values()]
         try:
             self.step(by=scaler.step)
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
 
     def gradients_are_there(self) -> bool:
@@ -305,6 +325,16 @@ class PlainSAM:
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
 
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        return register(hook, self.pre_hooks)
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        return register(hook, self.post_hooks)
+
+    def run(self, hooks: Hooks) -> None:
+        for hook in hooks.values():
+            hook(self, (), {})
+
     # -- groups and checkpoints ----------------------------------------------------------------------------------------
 
     def complete_groups(self) -> None:
@@ -334,6 +364,12 @@ class PlainSAM:
             for key, value in options.items():
                 group.setdefault(key, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: no hooks, and nothing about the gradients, which stay with the original."""
+        self.require_idle()
+        left = {"known": {}, "announced": None, "examined": False, "perturbed_loss": None}
+        return {**vars(self), **left, "pre_hooks": OrderedDict(), "post_hooks": OrderedDict()}
+
     def require_idle(self) -> None:
         if self.saved is not None:
             raise Refused("perturbed")
@@ -346,6 +382,12 @@ class PlainSAM:
 def versions(params: list[Tensor]) -> dict[Tensor, tuple[Tensor, int]]:
     """The gradients that there are, each with its version."""
     return {p: (p.grad, p.grad._version) for p in params if p.grad is not None}
+
+
+def register(hook: Callable[..., Any], hooks: Hooks) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
 
 
 def same(known: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> bool:
