@@ -19,6 +19,7 @@ from fastsam.notices import tell_once
 from fastsam.state import Phase, State
 
 __all__ = [
+    "around",
     "check_lost",
     "check_momentum",
     "check_process_group",
@@ -49,6 +50,12 @@ def register(sam: object) -> None:
     global _alive
     with _lock:
         _alive = [*(ref for ref in _alive if ref() is not None), weakref.ref(sam)]  # who looks at the old one may go on
+
+
+def around(base: Optimizer) -> list[Any]:
+    """The FusedSAMs around an optimizer."""
+    with _lock:
+        return [sam for sam in _alive if sam.base_optimizer is base]
 
 
 def _others_with(params: Callable[[], list[Tensor]], sam: object = None) -> list[Any]:

@@ -575,8 +575,12 @@ class FusedSAM(OptimizerWrapper):
         # Not __del__: Lightning's wrapper inherits from this class, and is collected while the step goes on.
         weakref.finalize(self, misuse.restore_unfinished, state).atexit = False
 
-    def _mark_stale(self, params: list[Tensor] | None = None) -> None:
-        self._state.stale.mark(self._parameters() if params is None else params)
+    def _mark_stale(self) -> None:
+        self._state.stale.mark(self._parameters())
+
+    def _mark_group_stale(self, params: list[Tensor]) -> None:
+        for sam in misuse.around(self.base_optimizer):
+            sam._state.stale.mark(params)
 
     def _after_zero_grad(self, gone: bool) -> None:
         state = self._state

@@ -58,8 +58,8 @@ class OptimizerWrapper(Optimizer):
         """A new state machine: at construction, and in a copy."""
         raise NotImplementedError
 
-    def _mark_stale(self, params: list[Tensor] | None = None) -> None:
-        """Takes the gradients that there are, of all parameters or of these, for done with."""
+    def _mark_group_stale(self, params: list[Tensor]) -> None:
+        """Takes the gradients of these for done with, in each wrapper of the base optimizer."""
         raise NotImplementedError
 
     # -- the base optimizer's own --------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class OptimizerWrapper(Optimizer):
             check_group(groups, len(groups) - 1)
             if self.flatten_parameters:
                 flatten_groups(groups, len(groups) - 1)
-            self._mark_stale(groups[-1]["params"])
+            self._mark_group_stale(groups[-1]["params"])
         except BaseException:
             groups.pop()
             raise
@@ -247,7 +247,7 @@ class OptimizerWrapper(Optimizer):
             steps = max((int(group[COUNTER]) for group in groups if COUNTER in group), default=self._settings["steps"])
             for i, group in enumerate(groups):
                 if COUNTER not in group:
-                    self._mark_stale(group["params"])
+                    self._mark_group_stale(group["params"])
                 complete_group(group, {key: self.defaults[key] for key in OPTIONS}, steps)
                 check_group(groups, i)
 

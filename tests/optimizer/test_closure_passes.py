@@ -126,17 +126,18 @@ def test_switched_on_after_steps_of_the_base_optimizer(backend, passes, interval
         assert_same_weights(task, hand)
 
 
-@pytest.mark.parametrize("past", [False, True], ids=["by FusedSAM", "by the base"])
-def test_gradients_of_a_group_that_comes_later_are_stale(backend, past):
+@pytest.mark.parametrize("by", ["FusedSAM", "another FusedSAM", "the base"])
+def test_gradients_of_a_group_that_comes_later_are_stale(backend, by):
     """Those that a parameter brings along, from when another optimizer had it."""
     task, hand = Task(), ByHand()
     last = list(task.model[2].parameters())
     task.base = torch.optim.SGD(task.model[0].parameters(), lr=LR, momentum=MOMENTUM)
-    sam = wrap(task, backend, "auto")
+    sam, other = wrap(task, backend, "auto"), wrap(task, backend, "auto")
     task.backward(9)
     for p in task.model[0].parameters():
         p.grad = None
-    (task.base if past else sam).add_param_group({"params": last})
+    {"FusedSAM": sam, "another FusedSAM": other, "the base": task.base}[by].add_param_group({"params": last})
+    assert other.is_sam_step  # which completes what came past it
     for i in range(STEPS):
         assert sam.step(task.closure(i, "optimizer")) is not None
         hand.sam_step(i)
