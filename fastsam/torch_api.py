@@ -40,11 +40,18 @@ R = TypeVar("R")
 
 
 def grad_mode(enabled: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function run with gradients enabled, or not; torch.no_grad as a decorator takes twice as long."""
+    """Makes a function run with gradients enabled, or not; torch.no_grad as a decorator takes twice as long.
+
+    Never in torch.inference_mode: what is made there, as the base optimizer's state is, the next step outside of it
+    could not write to.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    return run(*args, **kwargs)
             before = torch.is_grad_enabled()
             try:  # whatever interrupts from here on
                 torch.set_grad_enabled(enabled)

@@ -8,6 +8,7 @@ from torch.nn import Parameter
 
 from fastsam import FusedSAM
 from tests.linear import backward, make
+from tests.oracle import copies, same_bits
 
 BACKENDS = ["reference", "foreach", "cpp"]  # not the interpreted Triton: the GPU kernels square in fp32
 
@@ -51,6 +52,32 @@ def test_default_device_is_nobodys_business(backend):
     finally:
         torch.set_default_device(None)
     assert p.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_calls_in_inference_mode(backend, direction):
+    """They leave no inference tensor behind, which the next step could not write to."""
+
+    def train(*modes):
+        model, sam = make(direction=direction, backend=backend, momentum=0.9)
+
+        def closure():
+            sam.zero_grad()
+            return backward(model)
+
+        for mode in modes:
+            if direction == "gradient":
+                backward(model)
+            with mode():
+                sam.first_step(zero_grad=True)
+            backward(model)
+            with mode():
+                sam.second_step(zero_grad=True)
+                sam.step(closure)
+        return copies(model.parameters())
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        assert same_bits(train(mode, torch.enable_grad), train(torch.enable_grad, torch.enable_grad))
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
