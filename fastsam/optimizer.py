@@ -426,6 +426,10 @@ class FusedSAM(OptimizerWrapper):
             if not closure_is_above:
                 with nullcontext() if self.first_pass_context is None else self.first_pass_context():
                     loss = self._call(passes.at_w)
+                if self._state.perturbed:  # w + e_w would be saved as w
+                    raise RuntimeError(
+                        "first_step() was called in the closure: leave it out, since step(closure) climbs by itself"
+                    )
                 if passes.by_trainer and loss is None:
                     return None, False
             self._perturb()

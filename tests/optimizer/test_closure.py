@@ -232,6 +232,22 @@ def test_a_closure_without_gradients_is_an_error(problem):
     assert same_bits(problem.weights(), before)
 
 
+def test_first_step_in_the_closure_is_an_error(problem):
+    """As in a loop in two calls that became a closure, or a training_step: w + e_w would be saved as w."""
+
+    def closure():
+        loss = problem.closure()
+        if not problem.sam.perturbed:
+            problem.sam.first_step()
+        return loss
+
+    before = problem.weights()
+    with pytest.raises(RuntimeError, match="first_step\\(\\) was called in the closure: leave it out"):
+        problem.sam.step(closure)
+    assert not problem.sam.perturbed
+    assert same_bits(problem.weights(), before)
+
+
 def test_step_as_the_last_word_of_the_two_call_form(backend):
     """step() while perturbed is second_step: what GradScaler, the Transformers Trainer and Accelerate call."""
     a, b = Problem(backend=backend), Problem(backend=backend)
