@@ -84,6 +84,9 @@ class PlainBase:
         for sam in self.sams:
             sam.mark(self.param_groups[-1]["params"])
 
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        return self.optimizer.register_step_pre_hook(hook)
+
     def state_dict(self) -> dict[str, Any]:
         return {**self.optimizer.state_dict(), "count": self.count}
 
@@ -184,13 +187,15 @@ class PlainSAM:
     @torch.no_grad()
     def climb(self) -> bool:
         self.require_idle()
+        if any(other.saved and set(other.base.params()) & set(self.base.params()) for other in self.company.sams):
+            self.company.may_refuse()
         terms = self.directions()
         if not terms and self.direction == "gradient":
             raise Refused("no gradient")
         if not terms:
             return False
-        if any(other.saved and set(other.base.params()) & set(self.base.params()) for other in self.company.sams):
-            self.company.may_refuse()
+        if any(self.rho_of(group) < 0 for group in self.param_groups):
+            raise Refused("rho out of range")
         squares = [((p.abs() * g if group["adaptive"] else g).double() ** 2).sum() for group, p, g in terms]
         norm = torch.stack(squares).sum().sqrt()
         self.norm = float(norm)
@@ -207,6 +212,7 @@ class PlainSAM:
     def rho_of(self, group: dict[str, Any]) -> float:
         return float(group.setdefault("rho", self.options["rho"]))
 
+    @torch.inference_mode(False)
     def first_step(self, zero_grad: bool = False) -> bool:
         self.require_idle()
         self.complete_groups()
@@ -224,6 +230,7 @@ class PlainSAM:
         if zero_grad:
             self.zero_grad()
 
+    @torch.inference_mode(False)
     def step(self, closure: Callable[[], Tensor] | None = None, by: Any = Optimizer.step) -> Tensor | None:
         try:
             if by is Optimizer.step:
@@ -279,9 +286,9 @@ class PlainSAM:
         self.base.step(by if self.grad_scaler is None else self.grad_scaler.step)
         return loss
 
-    @torch.enable_grad()
     def call(self, closure: Callable[[], Tensor]) -> Tensor:
-        loss = closure()
+        with torch.enable_grad():
+            loss = closure()
         if self.saved is not None:
             self.perturbed_loss = loss.detach()
         return loss
@@ -342,13 +349,20 @@ class PlainSAM:
             for key, value in self.options.items():
                 group.setdefault(key, value)
 
-    def set_rho(self, rho: float) -> None:
+    @property
+    def rho(self) -> Any:
+        return self.options["rho"]
+
+    @rho.setter
+    def rho(self, rho: float | Tensor) -> None:
         self.options["rho"] = rho
         for group in self.param_groups:
             group["rho"] = rho
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.require_idle()
+        if group.get("rho", 0) < 0:
+            raise Refused("rho out of range")
         self.base.add_param_group({**self.options, **group})
 
     def state_dict(self) -> dict[str, Any]:
@@ -361,6 +375,8 @@ class PlainSAM:
         before = [{key: group.get(key, value) for key, value in self.options.items()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, before, strict=True):
+            if isinstance(options["rho"], Tensor) and "rho" in group:
+                group["rho"] = options["rho"].fill_(float(group["rho"]))
             for key, value in options.items():
                 group.setdefault(key, value)
 

@@ -6,6 +6,7 @@ Every action is done twice: to a model with one or two FusedSAMs, and to its twi
 
 import copy
 import gc
+import io
 import os
 import pickle
 import time
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from fastsam import FusedSAM, notices, places
 from tests.oracle import same_bits
-from tests.plain_sam import Company, PlainBase, PlainSAM
+from tests.plain_sam import Company, PlainBase, PlainSAM, Refused
 
 INTERPRETED = False
 MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
@@ -72,8 +73,41 @@ class Odd(Tensor):
         return Odd(out) if keeps and isinstance(args[0], Odd) else out
 
 
+def delegate(name):
+    def method(self, *args, **kwargs):
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    return method
+
+
+class Bare(torch.optim.Optimizer):
+    """An optimizer around another that does without the constructor of torch's: there are no hooks around its step."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    param_groups = property(
+        lambda self: self.inner.param_groups, lambda self, to: setattr(self.inner, "param_groups", to)
+    )
+    state = property(lambda self: self.inner.state)
+    step, zero_grad, add_param_group = map(delegate, ("step", "zero_grad", "add_param_group"))
+    state_dict, load_state_dict = map(delegate, ("state_dict", "load_state_dict"))
+    register_step_pre_hook = delegate("register_step_pre_hook")
+
+    def __getstate__(self):
+        return {"inner": self.inner}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
 class Boom(Exception):
-    """What a user's closure raises."""
+    """What a user's closure or hook raises."""
+
+
+def fail(optimizer, args, kwargs):
+    """A step hook that raises."""
+    raise Boom
 
 
 def clip(optimizer, args, kwargs):
@@ -87,6 +121,7 @@ BASES = {
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.8, weight_decay=0.01),
     "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.8, nesterov=True),
     "adamw": partial(torch.optim.AdamW, lr=0.05),
+    "bare": lambda params: Bare(torch.optim.SGD(params, lr=0.1, momentum=0.8)),
 }
 MEMBERS = {
     "whole": ("trunk", "left", "right"),
@@ -127,14 +162,17 @@ class World:
         def closure():
             calls.append(None)
             self.clear(sam, clear)
-            if mischief == ("raise", len(calls)):
+            now = mischief[0] if mischief is not None and mischief[1] == len(calls) else ""
+            if now == "raise":
                 raise Boom
             loss = self.model.loss(seed, part)
             scale(loss).backward()
-            if mischief == ("raise late", len(calls)):
+            if now == "raise late":
                 raise Boom
-            if mischief == ("restore", len(calls)):
-                sam.restore()
+            if now == "backward":
+                self.backward(seed + 1, part)
+            elif now:
+                getattr(sam, now)()
             return loss
 
         return closure
@@ -175,8 +213,8 @@ class World:
         if sam.first_step(zero_grad=True):
             self.backward(seed, "all", scale=scale)
 
-    def scaled_step(self, sam, seed, form, infinite):
-        """A step under a GradScaler, one of whose backwards overflows."""
+    def scaled_step(self, sam, seed, form, infinite, clip):
+        """A step under a GradScaler, one of whose backwards overflows; in two calls sam may know the scaler."""
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         calls = []
 
@@ -186,25 +224,33 @@ class World:
 
         sam.zero_grad()
         loss = None
-        if form == "closure":
-            sam.grad_scaler = scaler
-            try:
+        sam.grad_scaler = None if form == "calls" else scaler
+        try:
+            if form == "closure":
                 loss = sam.step(self.closure(sam, seed, "all", ("sam", "none"), None, scale))
-            finally:
-                sam.grad_scaler = None
-        else:
-            self.passes(sam, seed, scale)
-            self.end_scaled(sam, scaler)
+            else:
+                self.passes(sam, seed, scale)
+                if clip:
+                    scaler.unscale_(self.inner(sam))
+                    self.clip_grads()
+                if form == "second_step":
+                    sam.second_step()
+                else:
+                    self.end_scaled(sam, scaler)
+        finally:
+            sam.grad_scaler = None
         scaler.update()
         sam.zero_grad()
         return loss
 
     def save(self, what, base):
         made = {"model": self.model, "base": base, "sam": next(iter(self.around(base)), base)}[what].state_dict()
-        self.saved[what == "model"] = copy.deepcopy(made)
+        file = io.BytesIO()
+        torch.save(made, file)
+        self.saved[what == "model"] = file.getvalue()
 
     def load(self, what, base):
-        state = copy.deepcopy(self.saved[what == "model"])
+        state = torch.load(io.BytesIO(self.saved[what == "model"]), weights_only=True)
         {"model": self.model, "base": base, "sam": next(iter(self.around(base)), base)}[what].load_state_dict(state)
 
     def around(self, base):
@@ -218,12 +264,13 @@ class World:
             self.copied()
             return
         model, bases, sams = made
-        for i, sam in enumerate(sams):  # what is done to a copy leaves the original alone
-            loss = model.loss(i, "all")
-            loss.backward()
-            sam.zero_grad(set_to_none=bool(i))
         for base in bases:
             base.zero_grad()
+        for i, sam in enumerate(sams):  # what is done to a copy leaves the original alone
+            model.loss(i, "all").backward()
+            sam.first_step()
+            sam.second_step()
+            sam.zero_grad(set_to_none=bool(i))
 
     def give_groups_again(self, base, how):
         through = (self.around(base) or [base])[0]
@@ -238,8 +285,80 @@ class World:
         for sam in self.around(base):
             _ = sam.is_sam_step
 
-    def add_spare(self, owner, maximize):
-        owner.add_param_group({"params": list(self.model.spare.parameters()), "maximize": maximize})
+    def add_spare(self, owner, maximize, wrong):
+        params = list(self.model.spare.parameters())
+        if wrong == "twice":
+            params += [p for group in owner.param_groups for p in group["params"]]
+        owner.add_param_group({"params": params, "maximize": maximize} | ({"rho": -1.0} if wrong == "rho" else {}))
+
+    def assign_grads(self, seed, part, how):
+        """Gradients that no backward accumulated: torch.autograd.grad's, one for two parameters, one without memory."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(self.model.loss(seed, part), params, allow_unused=True)
+        for p, g in zip(params, grads, strict=True):
+            if g is not None:
+                p.grad = g.mean().expand(p.shape) if how == "expanded" else g
+        if how == "shared":
+            self.model.right.weight.grad = self.model.left.weight.grad
+
+    def clip_grads(self):
+        clip(self, (), {})
+
+    @property
+    def param_groups(self):
+        return [{"params": self.weights()}]
+
+    def replace(self, layer):
+        """Another layer in the place of this one, in the model and in the groups, as pruning does and a new head."""
+        old = getattr(self.model, layer)
+        new = copy.deepcopy(old)
+        setattr(self.model, layer, new)
+        by = dict(zip(old.parameters(), new.parameters(), strict=True))
+        for base in self.bases:
+            for group in base.param_groups:
+                group["params"] = [by.get(p, p) for p in group["params"]]
+            for p in by:
+                base.state.pop(p, None)
+
+    def write(self, layer):
+        with torch.no_grad():
+            getattr(self.model, layer).weight.mul_(0.9)
+
+    def failing_hook(self, sam, seed, form, where):
+        who = sam.base_optimizer if where == "before the base" else sam
+        register = who.register_step_post_hook if where == "after" else who.register_step_pre_hook
+        handle = register(fail)
+        try:
+            self.whole_step(sam, seed, form)
+        finally:
+            handle.remove()
+
+    def scheduled_step(self, sam, seed, form, around):
+        """A step and its scheduler's, which has nothing to warn of."""
+        optimizer = self.inner(sam) if around == "sam" else self.inner(sam.base_optimizer)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        loss = self.whole_step(sam, seed, form)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler.step()
+        return loss
+
+    def set_rho(self, sam, rho, how):
+        if how != "fill":
+            sam.rho = rho if how == "number" else torch.tensor(rho)
+        for group in sam.param_groups:
+            if how == "fill" and isinstance(group.get("rho"), Tensor):
+                group["rho"].fill_(rho)
+
+    def bad_option(self, sam):
+        """An option out of range, which the next SAM step refuses."""
+        group = sam.param_groups[-1]
+        before = group["rho"]
+        group["rho"] = -1.0
+        try:
+            sam.first_step()
+        finally:
+            group["rho"] = before
 
     def freeze(self, layer, frozen):
         getattr(self.model, layer).requires_grad_(not frozen)
@@ -289,8 +408,8 @@ class Fused(World):
         for base in self.bases:  # a copy has no hooks
             base.register_step_pre_hook(self.record)
 
-    def set_rho(self, sam, rho):
-        sam.rho = rho
+    def inner(self, optimizer):
+        return optimizer
 
     def end_scaled(self, sam, scaler):
         scaler.step(sam)
@@ -328,8 +447,9 @@ class Plain(World):
         super().clear(sam, how)
         self.company.cleared |= how not in (("nobody", ""), ("model", "zeros"))
 
-    def set_rho(self, sam, rho):
-        sam.set_rho(rho)
+    def inner(self, optimizer):
+        """The optimizer of torch's that stands for it."""
+        return optimizer.optimizer if isinstance(optimizer, PlainBase) else optimizer.base.optimizer
 
     def end_scaled(self, sam, scaler):
         sam.scaler_step(scaler)
@@ -345,9 +465,11 @@ def outcome(action, world):
             return None, type(error), traceback.format_exc()
 
 
-ORDERLY = (None, RuntimeError, ValueError, TypeError, Boom)
+ORDERLY = (None, RuntimeError, ValueError, TypeError, pickle.UnpicklingError, Boom)
 SEEDS = st.integers(0, 20)
 PARTS = st.sampled_from(["all", "left", "right"])
+FORMS = st.sampled_from(["calls", "closure", "restore"])
+LAYERS = st.sampled_from(["trunk", "left", "right"])
 CLEAR = st.sampled_from(
     [
         ("sam", "none"),
@@ -359,8 +481,11 @@ CLEAR = st.sampled_from(
         ("model", "zeros"),
     ]
 )
-MISCHIEF = st.sampled_from(
-    [None, None, None, ("raise", 1), ("raise", 2), ("raise late", 1), ("raise late", 2), ("restore", 1), ("restore", 2)]
+MISCHIEF = st.one_of(
+    st.none(),
+    st.tuples(
+        st.sampled_from(["raise", "raise late", "restore", "backward", "first_step", "state_dict"]), st.integers(1, 2)
+    ),
 )
 MAYBE = st.sampled_from([False, False, True])
 OPTIONS = st.fixed_dictionaries(
@@ -411,6 +536,7 @@ class Meetings(RuleBasedStateMachine):
         assert error in ORDERLY, where
         plain.company.refused = error not in (None, Boom)
         expected, refused, reason = outcome(action, plain)
+        assert refused in (*ORDERLY, Refused), reason
         assert (error is None) == (refused is None), f"expected {reason or expected}\n{where or 'no error'}"
         assert (error is Boom) == (refused is Boom), f"expected {reason}\n{where}"
         if isinstance(found, Tensor):
@@ -443,7 +569,8 @@ class Meetings(RuleBasedStateMachine):
                 for key, value in mine.items():
                     close(value, others[key], self.tolerance * 100, key)
             for mine, others in zip(base.param_groups, twin.param_groups, strict=True):
-                assert all(mine[key] == others[key] for key in ("lr", "maximize"))
+                both = mine.keys() & others.keys() & {"lr", "maximize", "rho", "adaptive", "perturb"}
+                assert all(mine[key] == others[key] for key in both)
             if twin.sams:
                 assert fused.count(base) <= {twin.count}, "counted wrongly"
         for sam, twin in zip(fused.sams, plain.sams, strict=True):
@@ -514,17 +641,55 @@ class Meetings(RuleBasedStateMachine):
         self.both(lambda world: sam(world).step(world.closure(sam(world), seed, part, clear, mischief)))
 
     @precondition(lambda self: self.fused.sams)
-    @rule(i=st.integers(0, 2), seed=SEEDS, form=st.sampled_from(["calls", "closure", "restore"]))
+    @rule(i=st.integers(0, 2), seed=SEEDS, form=FORMS)
     def whole_step(self, i, seed, form):
         sam = self.sam(i)
         self.both(lambda world: world.whole_step(sam(world), seed, form))
 
     @precondition(lambda self: self.fused.sams)
-    @rule(i=st.integers(0, 2), seed=SEEDS, form=st.sampled_from(["calls", "closure"]), infinite=st.integers(0, 2))
-    def scaled_step(self, i, seed, form, infinite):
+    @rule(
+        i=st.integers(0, 2),
+        seed=SEEDS,
+        form=st.sampled_from(["calls", "known", "second_step", "closure"]),
+        infinite=st.integers(0, 2),
+        clip=st.booleans(),
+    )
+    def scaled_step(self, i, seed, form, infinite, clip):
         sam = self.sam(i)
-        if sam(self.fused).direction == "gradient" and not any(type(p.grad) is Odd for p in self.fused.weights()):
-            self.both(lambda world: world.scaled_step(sam(world), seed, form, infinite))
+        fused = sam(self.fused)
+        held = params(fused)
+        asserts = all(not p.requires_grad for p in held) or any(type(p.grad) is Odd for p in held)  # GradScaler, then
+        others = [other for other in self.fused.around(fused.base_optimizer) if other is not fused]
+        refused = any(other.perturbed for other in others)  # unless a gradient is infinite
+        if fused.direction == "gradient" and not asserts and not refused:
+            self.both(lambda world: world.scaled_step(sam(world), seed, form, infinite, clip))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), seed=SEEDS, form=FORMS, where=st.sampled_from(["before", "after", "before the base"]))
+    def failing_hook(self, i, seed, form, where):
+        sam = self.sam(i)
+        self.both(lambda world: world.failing_hook(sam(world), seed, form, where))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), seed=SEEDS, form=FORMS, around=st.sampled_from(["sam", "base"]))
+    def scheduled_step(self, i, seed, form, around):
+        sam = self.sam(i)
+        self.both(lambda world: world.scheduled_step(sam(world), seed, form, around))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(
+        i=st.integers(0, 2),
+        mode=st.sampled_from([torch.no_grad, torch.inference_mode]),
+        call=st.sampled_from(["first_step", "second_step", "step", "restore", "zero_grad"]),
+    )
+    def in_mode(self, i, mode, call):
+        def called(world):
+            closure = world.closure(sam(world), 0, "all", ("sam", "none"), None)
+            with mode():
+                return getattr(sam(world), call)(*[closure] * (call == "step"))
+
+        sam = self.sam(i)
+        self.both(called)
 
     @precondition(lambda self: self.fused.sams)
     @rule(i=st.integers(0, 2))
@@ -564,14 +729,16 @@ class Meetings(RuleBasedStateMachine):
         sam = self.sam(i)
         self.both(lambda world: world.drop(sam(world)), collect=True)
 
-    @rule(i=st.integers(0, 1), maximize=MAYBE, past=st.booleans())
-    def add_group(self, i, maximize, past):
+    @rule(i=st.integers(0, 1), maximize=MAYBE, past=st.booleans(), wrong=st.sampled_from(["", "", "twice", "rho"]))
+    def add_group(self, i, maximize, past, wrong):
         def add(world):
-            base = world.bases[i % len(world.bases)]
-            world.add_spare(base if past else next(iter(world.around(base)), base), maximize)
+            around = world.around(base(world))
+            world.add_spare(base(world) if past or not around else around[0], maximize, wrong)
 
-        base = self.base(i)(self.fused)
-        if not any(p is self.fused.model.spare.weight for p in params(base)):
+        base = self.base(i)
+        past = past and wrong != "rho"
+        known = wrong != "rho" or self.fused.around(base(self.fused))  # as an option
+        if known and not any(p is self.fused.model.spare.weight for p in params(base(self.fused))):
             self.both(add)
 
     @rule(i=st.integers(0, 1), how=st.sampled_from(["assign", "clear", "base"]))
@@ -580,7 +747,23 @@ class Meetings(RuleBasedStateMachine):
         if not any(sam.perturbed for sam in self.fused.sams) and self.fused.around(base(self.fused)):
             self.both(lambda world: world.give_groups_again(base(world), how))
 
-    @rule(layer=st.sampled_from(["trunk", "left", "right"]), frozen=st.booleans())
+    @rule(seed=SEEDS, part=PARTS, how=st.sampled_from(["autograd", "shared", "expanded"]))
+    def assign_grads(self, seed, part, how):
+        self.both(lambda world: world.assign_grads(seed, part, how))
+
+    @rule()
+    def clip_grads(self):
+        self.both(lambda world: world.clip_grads())
+
+    @rule(layer=LAYERS)
+    def replace(self, layer):
+        self.both(lambda world: world.replace(layer), writes=True)
+
+    @rule(layer=LAYERS)
+    def write(self, layer):
+        self.both(lambda world: world.write(layer), writes=True)
+
+    @rule(layer=LAYERS, frozen=st.booleans())
     def freeze(self, layer, frozen):
         self.both(lambda world: world.freeze(layer, frozen))
 
@@ -595,22 +778,43 @@ class Meetings(RuleBasedStateMachine):
             self.both(lambda world: world.move(layer, how), writes=True)
 
     @precondition(lambda self: self.fused.sams)
-    @rule(i=st.integers(0, 2), rho=st.sampled_from([0.2, 0.8]))
-    def set_rho(self, i, rho):
+    @rule(i=st.integers(0, 2), rho=st.sampled_from([0.2, 0.8]), how=st.sampled_from(["number", "tensor", "fill"]))
+    def set_rho(self, i, rho, how):
         sam = self.sam(i)
-        self.both(lambda world: world.set_rho(sam(world), rho))
+        self.both(lambda world: world.set_rho(sam(world), rho, how))
 
     @precondition(lambda self: self.fused.sams)
-    @rule(i=st.integers(0, 2), name=st.sampled_from(["adaptive", "perturb"]), value=st.booleans(), last=st.booleans())
-    def set_in_group(self, i, name, value, last):
+    @rule(
+        i=st.integers(0, 2),
+        option=st.one_of(
+            st.tuples(st.sampled_from(["adaptive", "perturb", "maximize"]), st.booleans()),
+            st.tuples(st.just("rho"), st.sampled_from([0.0, 0.3])),
+        ),
+        last=st.booleans(),
+    )
+    def set_in_group(self, i, option, last):
         sam = self.sam(i)
-        self.both(lambda world: sam(world).param_groups[-last].update({name: value}))
+        self.both(lambda world: sam(world).param_groups[-last].update([option]))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2))
+    def bad_option(self, i):
+        sam = self.sam(i)
+        if all("rho" in group for group in sam(self.fused).param_groups):
+            self.both(lambda world: world.bad_option(sam(world)))
 
     @precondition(lambda self: self.fused.sams)
     @rule(i=st.integers(0, 2), name=st.sampled_from(["interval", "start"]), value=st.integers(1, 3))
     def schedule(self, i, name, value):
         sam = self.sam(i)
         self.both(lambda world: setattr(sam(world), name, value))
+
+    @precondition(lambda self: self.fused.sams)
+    @rule(i=st.integers(0, 2), closure_passes=st.sampled_from(["auto", "one", "two"]))
+    def set_closure_passes(self, i, closure_passes):
+        sam = self.sam(i)
+        if sam(self.fused).direction == "gradient":
+            self.both(lambda world: setattr(sam(world), "closure_passes", closure_passes))
 
     @precondition(lambda self: self.fused.sams)
     @rule(i=st.integers(0, 2))
