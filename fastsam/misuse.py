@@ -54,8 +54,7 @@ def register(sam: object) -> None:
 
 def around(base: Optimizer) -> list[Any]:
     """The FusedSAMs around an optimizer."""
-    with _lock:
-        return [sam for sam in _alive if sam.base_optimizer is base]
+    return [sam for ref in _alive if (sam := ref()) is not None and sam.base_optimizer is base]
 
 
 def _others_with(params: Callable[[], list[Tensor]], sam: object = None) -> list[Any]:

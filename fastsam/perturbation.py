@@ -152,8 +152,8 @@ class Perturbation:
         self._versions = [[p._version for p in bucket.live_params()] for _, bucket in self.buckets]
 
     def smallest(self) -> Tensor | None:
-        """The smallest of the parameters that the last ascent moved; None where it moved none."""
-        moved = [p for _, bucket in self.buckets for p in bucket.live_params()]
+        """The smallest of the parameters that the last ascent moved and that take a gradient; None where none do."""
+        moved = [p for _, bucket in self.buckets for p in bucket.live_params() if p.requires_grad]
         return min(moved, key=Tensor.numel, default=None)
 
     def all_written(self) -> bool:

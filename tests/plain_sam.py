@@ -226,7 +226,7 @@ class PlainSAM:
         return False
 
     def second_step(self, zero_grad: bool = False) -> None:
-        self.step()
+        self.step() if self.grad_scaler is None else self.scaler_step(self.grad_scaler)
         if zero_grad:
             self.zero_grad()
 

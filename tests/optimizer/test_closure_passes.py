@@ -259,6 +259,20 @@ def test_two_on_a_plain_step_runs_the_closure(backend):
         assert_same_weights(task, hand)
 
 
+@pytest.mark.parametrize("frozen", [[1], [0, 1]], ids=["one layer", "all"])
+def test_layers_that_were_frozen_since_the_backward(backend, frozen):
+    """Their gradients are still climbed along, and no hook can be hung on them."""
+    task = Task()
+    sam = wrap(task, backend, "auto")
+    task.backward(0)
+    for i in frozen:
+        task.model[2 * i].requires_grad_(False)
+    perturbed = []
+    sam.step(lambda: perturbed.append(sam.perturbed))
+    assert perturbed == [True]
+    assert not sam.perturbed
+
+
 def test_the_stand_in_is_no_gradient(backend):
     """A parameter that takes no part in the second pass has no gradient there, and the base leaves it alone."""
     model = nn.ParameterDict({"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(3))})

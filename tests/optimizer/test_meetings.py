@@ -112,8 +112,11 @@ def fail(optimizer, args, kwargs):
 
 def clip(optimizer, args, kwargs):
     """A step hook that a wrong scale of the gradients shows in."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if type(p.grad) is not Odd]
-    nn.utils.clip_grad_norm_(params, 0.3)
+    clip_grads(params(optimizer))
+
+
+def clip_grads(params):
+    nn.utils.clip_grad_norm_([p for p in params if type(p.grad) is not Odd], 0.3)
 
 
 BASES = {
@@ -232,7 +235,7 @@ class World:
                 self.passes(sam, seed, scale)
                 if clip:
                     scaler.unscale_(self.inner(sam))
-                    self.clip_grads()
+                    clip_grads(self.weights())
                 if form == "second_step":
                     sam.second_step()
                 else:
@@ -300,13 +303,6 @@ class World:
                 p.grad = g.mean().expand(p.shape) if how == "expanded" else g
         if how == "shared":
             self.model.right.weight.grad = self.model.left.weight.grad
-
-    def clip_grads(self):
-        clip(self, (), {})
-
-    @property
-    def param_groups(self):
-        return [{"params": self.weights()}]
 
     def replace(self, layer):
         """Another layer in the place of this one, in the model and in the groups, as pruning does and a new head."""
@@ -753,7 +749,7 @@ class Meetings(RuleBasedStateMachine):
 
     @rule()
     def clip_grads(self):
-        self.both(lambda world: world.clip_grads())
+        self.both(lambda world: clip_grads(world.weights()))
 
     @rule(layer=LAYERS)
     def replace(self, layer):
@@ -800,7 +796,7 @@ class Meetings(RuleBasedStateMachine):
     @rule(i=st.integers(0, 2))
     def bad_option(self, i):
         sam = self.sam(i)
-        if all("rho" in group for group in sam(self.fused).param_groups):
+        if all("rho" in group for world in (self.fused, self.plain) for group in sam(world).param_groups):
             self.both(lambda world: world.bad_option(sam(world)))
 
     @precondition(lambda self: self.fused.sams)
