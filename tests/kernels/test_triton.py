@@ -41,7 +41,7 @@ def release(package):
 )
 def test_interpreted():
     """In a process of its own: the kernels are the interpreter's, or the compiler's, from their import on."""
-    quiet = ["-q", "-p", "no:cacheprovider", "--disable-warnings"]
+    quiet = ["-q", "-p", "no:cacheprovider", "--disable-warnings", "-p", "tests.kernels.interpreter"]
     files = [f"tests/kernels/{file}.py" for file in FILES]
     environment = {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     result = python("-m", "pytest", *quiet, *files, "-k", CHOSEN, **environment)
