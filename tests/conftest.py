@@ -3,6 +3,7 @@
 FASTSAM_REQUIRE_GPU=1 is as strict, and no longer allows that there is no GPU: what is marked gpu then has to run.
 """
 
+import gc
 import os
 import re
 import signal
@@ -86,6 +87,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         interpreted = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
         names = getattr(metafunc.module, "BACKENDS", ["reference", "foreach", "cpp", *interpreted])
         metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """A module's tests that collect garbage look through their own objects, not through those of every import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
