@@ -25,16 +25,30 @@ TIMEOUT = 300.0
 
 ROOT = Path(__file__).parent.parent
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-PRELOAD = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fastsam"]
+PRELOAD = [
+    "torch._dynamo",  # imported by the first optimizer
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "fastsam",
+]
+FRAMEWORKS = ["lightning.pytorch", "sklearn.datasets", "transformers.trainer"]
+
+
+def forking_server() -> Any:
+    """One server imports, and forks the processes, which would import else for many seconds each: of the frameworks
+    those that this process has imported.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, *(name for name in FRAMEWORKS if name in sys.modules)])
+    return context
 
 
 class Ranks:
     """Processes that share a process group."""
 
     def __init__(self, world_size: int) -> None:
-        # One server imports torch and forks the ranks, which would else import it each, in many seconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forking_server()
         self.folder = tempfile.TemporaryDirectory()
         store = Path(self.folder.name, "store")
         self.pipes, self.processes = [], []
@@ -105,8 +119,7 @@ def torchrun(example: str, *args: str) -> dict[str, str]:
 
 def launch(example: str, *args: str) -> dict[str, str]:
     """As `torchrun`, in processes that need not import torch; one example is run by torchrun itself (test_ddp.py)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forking_server()
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
         free.close()
