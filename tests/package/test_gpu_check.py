@@ -224,8 +224,7 @@ def test_mutants_that_survive_are_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="no GPU must be here for this")
-@pytest.mark.parametrize("processes", [2, 16])
-def test_rehearsal_without_a_gpu(processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main(["first", "--out", str(tmp_path), "--processes", str(processes)]) == 1
+def test_rehearsal_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["first", "--out", str(tmp_path), "--processes", "2"]) == 1
     assert "no GPU: torch finds no CUDA device here" in capsys.readouterr().out
     assert [r["job"] for r in json.loads((tmp_path / "summary.json").read_text())] == ["machine"]

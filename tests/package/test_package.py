@@ -18,6 +18,7 @@ import torch
 
 import fastsam
 from fastsam import _distribution, backends
+from fastsam.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -238,19 +239,6 @@ def test_import_tells_of_another_distribution_in_its_folder(pure_wheel, tmp_path
         assert ("fastsam 0.0.1 is installed into the folder of fused-sam" in result.stderr) is warned, result.stderr
 
 
-def test_import_brings_in_no_optional_dependency():
-    code = """
-import sys
-import torch
-before = set(sys.modules)
-import fastsam
-optional = {"triton", "composer", "lightning", "accelerate", "transformers", "matplotlib", "sklearn", "rich"}
-assert not optional & (set(sys.modules) - before)
-"""
-    result = python("-c", code, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-
-
 @functools.cache
 def report(**environment: str) -> dict[str, str]:
     result = python("-m", "fastsam", cwd=ROOT, **environment)
@@ -377,7 +365,7 @@ def test_without_a_compiler_the_package_of_the_system_is_named(installed_from, m
 
 
 @pytest.mark.parametrize("name", ["reference", "no-such-backend"])
-def test_report_tells_of_an_override(name):
-    result = python("-m", "fastsam", cwd=ROOT, FASTSAM_BACKEND=name)
-    assert result.returncode == 0
-    assert f"FASTSAM_BACKEND={name} " in result.stdout
+def test_report_tells_of_an_override(name, monkeypatch, capsys):
+    monkeypatch.setenv("FASTSAM_BACKEND", name)
+    main()
+    assert f"FASTSAM_BACKEND={name} " in capsys.readouterr().out
