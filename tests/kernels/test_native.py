@@ -53,7 +53,8 @@ def digest(tensor):
 sizes = [1, 63, 3, 4930, 7000, 16384, 41616, 300_000]  # at all sorts of alignments
 def show(isa, parts):
     os.environ.update(FASTSAM_CPU_ISA=isa, FASTSAM_CPU_PARTS=parts)
-    from fastsam import FusedSAM
+    from fastsam import FusedSAM, _C
+    assert not isa or _C.instruction_set() in ("baseline", isa)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for adaptive in (False, True):
             for last in (sizes[-1], streamed) if dtype is torch.float32 else (sizes[-1],):
