@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from fastsam.arguments import ContextFactory
-from fastsam.checkpoint import check_settings, to_base_state_dict, with_options, without_options
+from fastsam.checkpoint import check_settings, to_base_state_dict, with_settings
 from fastsam.distributed import ProcessGroup
 from fastsam.options import (
     COUNTER,
@@ -282,7 +282,7 @@ class OptimizerWrapper(Optimizer):
         self._complete_groups()  # a group that came past this class is saved with the same count as the others
         for pre_hook in hooks(self, "state_dict_pre"):
             pre_hook(self)
-        state_dict = with_options(self.base_optimizer.state_dict(), self._own_options(), self._settings)
+        state_dict = with_settings(self.base_optimizer.state_dict(), self._settings)
         for post_hook in hooks(self, "state_dict_post"):
             state_dict = or_default(post_hook(self, state_dict), state_dict)
         return state_dict
@@ -305,15 +305,12 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in hooks(self, "load_state_dict_pre"):
             state_dict = or_default(pre_hook(self, state_dict), state_dict)
         self._complete_groups()
-        before = self._own_options()
-        state_dict, beside, settings = without_options(to_base_state_dict(state_dict))
-        check_settings(settings, self._settings)
-        saved_groups = beside or state_dict.get("param_groups", [])
-        for i, (options, saved) in enumerate(zip(before, saved_groups, strict=False)):
+        before = [{key: group[key] for key in (*OPTIONS, COUNTER)} for group in self.param_groups]
+        check_settings(state_dict, self._settings)
+        state_dict = to_base_state_dict(state_dict)
+        for i, (options, saved) in enumerate(zip(before, state_dict.get("param_groups", []), strict=False)):
             check_options({**options, **saved}, f" of param group {i} of the state dict")
         self.base_optimizer.load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, beside, strict=False):
-            group.update(saved)
         for group, options in zip(self.param_groups, before, strict=True):
             if isinstance(rho := options["rho"], Tensor) and "rho" in group:
                 with torch.no_grad():
@@ -322,9 +319,6 @@ class OptimizerWrapper(Optimizer):
                 group.setdefault(key, value)
         for post_hook in hooks(self, "load_state_dict_post"):
             post_hook(self)
-
-    def _own_options(self) -> list[Group]:
-        return [{key: group[key] for key in (*OPTIONS, COUNTER) if key in group} for group in self.param_groups]
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
