@@ -77,7 +77,6 @@ class PlainStep:
 
     def end(self) -> None:
         """Stops watching."""
-        self.forgive()
         if self._handle is not None:
             self._handle.remove()
 

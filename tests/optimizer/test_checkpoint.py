@@ -347,6 +347,34 @@ def test_distributed_checkpoint_initialises_state(base):
     assert len(got) == (12 if base is torch.optim.AdamW else 0)
 
 
+@pytest.mark.parametrize(("lr", "gradient"), [(0.0, 1.0), (0.1, 0.0), (0.1, None)])
+def test_what_is_no_initialisation(lr, gradient):
+    """One of the two signs alone, where there is no state either: a step of the user's own, by mistake or past sam."""
+    model = make_model()
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=lr)
+    for p in model.parameters():
+        p.grad = None if gradient is None else torch.full_like(p, gradient)
+    with pytest.raises(RuntimeError, match="not perturbed"):
+        sam.step()
+    sam.base_optimizer.step()
+    assert sam.param_groups[0]["sam_step"] == 1
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_step_in_two_calls_is_no_initialisation(interval):
+    """The first one of a schedule from lr 0 on may have zero gradients: first_step() says that it is one."""
+    model = make_model()
+    sam = FusedSAM(model.parameters(), torch.optim.SGD, rho=0.3, interval=interval, lr=0.0)
+    before = copies(model.parameters())
+    backward(model)
+    assert sam.first_step() is (interval == 1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    sam.second_step()
+    assert same_bits(copies(model.parameters()), before)
+    assert sam.param_groups[0]["sam_step"] == 1
+
+
 class HostReads(TorchDispatchMode):
     """Counts values that the host reads: on a GPU each waits for it."""
 

@@ -255,8 +255,13 @@ def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_co
 
 def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state():
     model, sam = make(interval=2)
-    sam.base_optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    plain = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    sam.base_optimizer.load_state_dict(plain)
     assert not sam.is_sam_step
+    backward(model)
+    sam.second_step(zero_grad=True)
+    sam.base_optimizer.load_state_dict(plain)
+    assert sam.is_sam_step  # the count goes on
 
 
 def test_a_group_that_came_past_the_class_is_saved_with_the_count_of_the_others():

@@ -157,6 +157,7 @@ def test_a_group_that_comes_later_keeps_the_count():
     extra.grad = torch.ones(2)
     assert two_calls(model, sam, 1) == "sam"
     assert two_calls(model, sam, 2) == "plain"
+    assert [group["sam_step"] for group in sam.param_groups] == [3, 3]
 
 
 @pytest.mark.parametrize("interval", [1, 3])

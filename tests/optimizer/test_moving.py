@@ -193,6 +193,15 @@ def test_integer_parameters_may_stay_frozen(backend):
     assert torch.equal(counts, torch.arange(4))
 
 
+def test_other_parameters_in_a_group(backend):
+    """As many and of the same shapes, as those of a new head are."""
+    model, sam = make(backend)
+    check_step(model, sam, backend)
+    model[2] = nn.Linear(12, 3)
+    sam.param_groups[0]["params"] = list(model.parameters())
+    check_step(model, sam, backend)
+
+
 @pytest.mark.parametrize("who", ["sam", "base"])
 def test_add_param_group_after_steps(backend, who):
     model, sam = make(backend)

@@ -172,20 +172,21 @@ def test_state_dict_and_load_hooks():
         log.append("post")
         return {**state_dict, "extra": 1}
 
-    def drop(optimizer, state_dict):
+    def change(optimizer, state_dict):
         log.append("load pre")
-        return {key: value for key, value in state_dict.items() if key != "extra"}
+        return {**state_dict, "param_groups": [{**group, "lr": 0.5} for group in state_dict["param_groups"]]}
 
     handles = [
         sam.register_state_dict_pre_hook(lambda optimizer: log.append("pre")),
         sam.register_state_dict_post_hook(replace),
-        sam.register_load_state_dict_pre_hook(drop),
+        sam.register_load_state_dict_pre_hook(change),
         sam.register_load_state_dict_post_hook(lambda optimizer: log.append("load post")),
     ]
     state_dict = sam.state_dict()
     assert state_dict["extra"] == 1
     sam.load_state_dict(state_dict)
     assert log == ["pre", "post", "load pre", "load post"]
+    assert sam.param_groups[0]["lr"] == 0.5
     for handle in handles:
         handle.remove()
     assert "extra" not in sam.state_dict()
