@@ -52,7 +52,7 @@ _stepped_by: WeakKeyDictionary[Optimizer, GradScaler] = WeakKeyDictionary()
 
 def remember_scaler(sam: Optimizer) -> None:
     """Finds out, in scaler.step(sam), which scaler it is: so the next `check_first_gradient` can look at it."""
-    if not in_scaler_step(sam) or sam in _stepped_by:
+    if not in_scaler_step(sam):
         return
     frame = inspect.currentframe()
     while frame is not None:
@@ -86,12 +86,12 @@ def unscale_for_hooks(scaler: GradScaler | None, sam: Optimizer, base: Optimizer
     """
     if in_scaler_step(sam):
         found_inf, grad_scale = sam.found_inf, sam.grad_scale  # type: ignore[attr-defined]
-        if found_inf is not None and found_inf:
+        if found_inf:
             return False
         if grad_scale is not None:
             _unscale(base, grad_scale)
             sam.grad_scale = None  # type: ignore[attr-defined]
-    elif scaler is not None and scaler.is_enabled():
+    elif scaler is not None:
         if not is_unscaled(scaler, sam):
             scaler.unscale_(sam)
         return not found_inf_by(scaler, sam)
@@ -169,4 +169,4 @@ def _unscale(base: Optimizer, grad_scale: Tensor) -> None:
 
 
 def _is_unscaled(scaler: GradScaler | None, optimizer: Optimizer) -> bool:
-    return scaler is not None and scaler.is_enabled() and is_unscaled(scaler, optimizer)
+    return scaler is not None and is_unscaled(scaler, optimizer)

@@ -19,19 +19,19 @@ T = TypeVar("T")
 _ZERO_GRAD = Optimizer.zero_grad
 
 
-def around_step(base: Optimizer, before: Callable[[], T], after: Callable[[T], None]) -> None:
+def around_step(base: Optimizer, before: Callable[[], T | None], after: Callable[[T | None], None]) -> None:
     """Makes base.step call `before` and, where it succeeds, `after`, as long as the FusedSAM around it lives.
 
     Args:
         base: the optimizer inside.
         before: a method of the FusedSAM around it, which is not kept alive.
-        after: another one, which is given what `before` returned.
+        after: another one, which is given what `before` returned; None where a copy of `base` was stepped.
     """
     around = _Around(base, before, after)
-    if getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
+    if getattr(type(base).step, "hooked", False):
         for handle in (
             base.register_step_pre_hook(lambda optimizer, args, kwargs: around.before(optimizer)),
-            base.register_step_post_hook(lambda optimizer, args, kwargs: around.after(optimizer)),
+            base.register_step_post_hook(lambda optimizer, args, kwargs: around.after()),
         ):
             weakref.finalize(cast(Any, before).__self__, handle.remove).atexit = False
         return
@@ -46,7 +46,7 @@ def around_step(base: Optimizer, before: Callable[[], T], after: Callable[[T], N
 class _Around(Generic[T]):
     """What one FusedSAM does before and after each step of its base optimizer; keeps neither alive."""
 
-    def __init__(self, base: Optimizer, before: Callable[[], T], after: Callable[[T], None]) -> None:
+    def __init__(self, base: Optimizer, before: Callable[[], T | None], after: Callable[[T | None], None]) -> None:
         self._base = weakref.ref(base)
         self._before, self._after = weakref.WeakMethod(before), weakref.WeakMethod(after)
         self._found: T | None = None
@@ -61,11 +61,10 @@ class _Around(Generic[T]):
         method = self._before()
         self._found = method() if method is not None and optimizer is self._base() else None
 
-    def after(self, optimizer: object) -> None:
+    def after(self) -> None:
         """Called after it."""
-        method = self._after()
-        if method is not None and optimizer is self._base():
-            method(cast(T, self._found))
+        if (method := self._after()) is not None:
+            method(self._found)
 
 
 class _Step:
@@ -77,12 +76,9 @@ class _Step:
     """
 
     def __init__(self, base: Optimizer) -> None:
-        own = vars(base).get("step")
-        if isinstance(getattr(own, "__func__", None), _Step):
-            own = None  # of the optimizer that this one was copied from
         self.base = weakref.ref(base)
         self.around: list[_Around[Any]] = []
-        self._own: Callable[..., Any] | None = own
+        self._own: Callable[..., Any] | None = vars(base).get("step")  # somebody else's, put there before
         functools.update_wrapper(self, type(base).step, updated=())
 
     def __call__(self, base: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +88,7 @@ class _Step:
             around.before(base)
         result = type(base).step(base, *args, **kwargs) if self._own is None else self._own(*args, **kwargs)
         for around in self.around:
-            around.after(base)
+            around.after()
         return result
 
     def __get__(self, base: Optimizer, owner: type[Optimizer]) -> MethodType:

@@ -152,8 +152,10 @@ class Perturbation:
         self._versions = [[p._version for p in bucket.live_params()] for _, bucket in self.buckets]
 
     def smallest(self) -> Tensor | None:
-        """The smallest of the parameters that the last ascent moved and that take a gradient; None where none do."""
-        moved = [p for _, bucket in self.buckets for p in bucket.live_params() if p.requires_grad]
+        """The smallest of the parameters that the last ascent moved and that take hooks; None where none do."""
+        params = (p for _, bucket in self.buckets for p in bucket.live_params())
+        # Neither a frozen one nor a result that retains its gradient does.
+        moved = [p for p in params if p.requires_grad and p.is_leaf]
         return min(moved, key=Tensor.numel, default=None)
 
     def all_written(self) -> bool:

@@ -202,7 +202,7 @@ class OptimizerWrapper(Optimizer):
 
     def _option(self, name: str) -> Any:
         self._complete_groups()
-        values = [group[name] for group in self.param_groups] or [self.defaults[name]]
+        values = [group[name] for group in self.param_groups]
         if any(value is not values[0] and value != values[0] for value in values):
             raise ValueError(
                 f"{name} differs between the param groups: read param_groups[i][{name!r}], {len(values)} of them"
@@ -227,7 +227,6 @@ class OptimizerWrapper(Optimizer):
             TypeError, ValueError: as at construction.
         """
         self._require_idle("add_param_group()")
-        self._complete_groups()
         groups = self.param_groups
         options = {key: self.defaults[key] for key in OPTIONS}
         self.base_optimizer.add_param_group(complete_group(dict(param_group), options, self._steps))
@@ -346,7 +345,6 @@ class OptimizerWrapper(Optimizer):
         """A copy that shares what belongs to the training and not to the optimizer."""
         state = copy.deepcopy(self.__getstate__(), memo)
         copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
         copied.__setstate__({**state, "_of_training": dict(self._of_training), "_lost": self._lost})
         return copied
 

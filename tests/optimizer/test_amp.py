@@ -248,9 +248,9 @@ def test_the_host_reads_what_the_scaler_itself_reads_and_no_more(fused: bool, re
 
 def test_gradients_that_share_memory_are_unscaled_once() -> None:
     """Autograd may hand one gradient to two parameters; dividing in place would divide it twice."""
-    a, b = nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(4, dtype=torch.float64))
+    a, b, unused = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(3))
     scaler = make_scaler()
-    sam = FusedSAM([a, b], SGD, lr=1 / 16, rho=0.0)
+    sam = FusedSAM([unused, a, b], SGD, lr=1 / 16, rho=0.0)
     for i in range(2):
         scaler.scale((a.view(2, 2) + b.view(2, 2)).square().sum()).backward()
         assert a.grad.data_ptr() == b.grad.data_ptr()
@@ -259,3 +259,22 @@ def test_gradients_that_share_memory_are_unscaled_once() -> None:
     scaler.step(sam)
     assert torch.equal(a, torch.full_like(a, 0.75))
     assert torch.equal(b, torch.full_like(b, 0.75))
+    assert torch.equal(unused, torch.ones_like(unused))
+
+
+class Older(SGD):
+    """By a contract that torch gave up, the scaler is an argument of such a step, which no FusedSAM can give it."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: Callable[[], Tensor] | None = None, *, grad_scaler: GradScaler | None = None) -> None:
+        super().step(closure)
+
+
+def test_a_base_that_asks_for_the_scaler_is_given_unscaled_gradients() -> None:
+    plain, model, scaler = PlainTorch(SGD, {"lr": 0.1}), make_model(), make_scaler()
+    sam = FusedSAM(model.parameters(), Older, rho=RHO, lr=0.1)
+    for batch in batches(3):
+        plain.step(batch)
+        two_calls(sam, model, scaler, batch, nothing)
+    torch.testing.assert_close(list(model.parameters()), list(plain.model.parameters()), rtol=1e-9, atol=1e-12)

@@ -228,6 +228,20 @@ def test_unscale_before_first_step_where_the_scaler_is_not_known(late: bool) -> 
     torch.testing.assert_close(list(model.parameters()), list(plain.model.parameters()), rtol=1e-9, atol=1e-12)
 
 
+def test_another_scaler_that_steps_is_known_from_then_on() -> None:
+    """As of a second run in one notebook."""
+    model = make_model()
+    sam = FusedSAM(model.parameters(), SGD, rho=RHO, lr=0.1)
+    (batch,) = batches(1)
+    for _ in range(2):
+        scaler = make_scaler()
+        two_calls(sam, model, scaler, batch, nothing)
+    backward(model, scaler, batch)
+    scaler.unscale_(sam)
+    with pytest.raises(RuntimeError, match="before the second backward"):
+        sam.first_step()
+
+
 # -- what hooks see ----------------------------------------------------------------------------------------------------
 
 
@@ -276,3 +290,19 @@ def test_hooks_see_what_those_of_a_plain_optimizer_see(where: str, known: bool, 
         assert [x for x in sam.seen if math.isfinite(x)] == pytest.approx(plain.base.seen)
     assert sam.param_groups[0]["sam_step"] == 6
     assert not leftovers(sam)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_hooks_see_what_the_user_has_unscaled(known: bool) -> None:
+    model, scaler = make_model(), make_scaler()
+    sam = FusedSAM(model.parameters(), SGD, rho=RHO, lr=0.1, grad_scaler=scaler if known else None)
+    seen: list[Tensor] = []
+    sam.register_step_pre_hook(lambda *_: seen.extend(copies(p.grad for p in model.parameters())))
+    (batch,) = batches(1)
+    backward(model, scaler, batch)
+    sam.first_step(zero_grad=True)
+    backward(model, scaler, batch)
+    scaler.unscale_(sam)
+    expected = copies(p.grad for p in model.parameters())
+    sam.second_step() if known else scaler.step(sam)
+    assert same_bits(seen, expected)

@@ -223,6 +223,9 @@ def test_options_that_differ_have_no_one_value():
         ("adaptive", 3, TypeError),
         ("interval", 0, ValueError),
         ("interval", 1.5, TypeError),
+        ("grad_scaler", 1024.0, TypeError),
+        ("first_pass_context", 1, TypeError),
+        ("process_group", 0, TypeError),
     ],
 )
 def test_options_are_checked_when_they_are_set(name, value, error):
@@ -231,6 +234,13 @@ def test_options_are_checked_when_they_are_set(name, value, error):
     with pytest.raises(error, match=name):
         setattr(sam, name, value)
     assert getattr(sam, name) == before
+
+
+def test_a_rho_on_a_device_is_not_looked_at():
+    """That would be to wait for the device; a meta tensor refuses it."""
+    rho = torch.tensor(0.1, device="meta")
+    sam = FusedSAM([{"params": [p]} for p in make_model().parameters()], torch.optim.SGD, rho=rho, lr=0.1)
+    assert sam.rho is rho
 
 
 def test_interval_changes_while_training():
@@ -290,6 +300,7 @@ def test_train_and_eval_reach_a_base_optimizer_that_has_them():
     assert sam.base_optimizer.mode == "train"
     sam.eval()
     assert sam.base_optimizer.mode == "eval"
+    assert not hasattr(sam, "mode")  # nothing else is passed on
     model(X).sum().backward()
     sam.first_step()
     with pytest.raises(RuntimeError, match=r"eval\(\) while the weights are perturbed"):

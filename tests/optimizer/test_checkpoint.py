@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import FusedSAM, notices
+from fastsam.checkpoint import is_state_initialisation
 from tests.oracle import copies, same_bits
 
 ADAMW = {"lr": 0.01, "weight_decay": 0.1}
@@ -121,6 +122,8 @@ def test_plain_state_dict_loaded_past_fused_sam():
     model = make_model()
     sam = make(model, rho=0.3, adaptive=True, interval=2)
     plain = torch.optim.AdamW(make_model().parameters(), **ADAMW)
+    for loads in (sam.base_optimizer, sam):
+        loads.load_state_dict(plain.state_dict())
     sam.base_optimizer.load_state_dict(plain.state_dict())
     train(model, sam, 2)
     assert sam.param_groups[0]["rho"] == 0.3
@@ -159,12 +162,12 @@ def test_state_dict_of_davda54_or_composer(kept):
     options = {"old_p": {"rho": 0.2, "adaptive": False}, "e_w": {"rho": 0.2, "epsilon": 1e-10}}[kept]
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict()
     state_dict = {
-        "state": {i: {kept: torch.ones_like(p)} for i, p in enumerate(model.parameters())},
+        "state": {**{i: {kept: torch.ones_like(p)} for i, p in enumerate(model.parameters())}, "epochs": 3},
         "param_groups": [{**plain["param_groups"][0], **options}],
     }
     sam = FusedSAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5)
     sam.load_state_dict(saved_and_loaded(state_dict))
-    assert not sam.state
+    assert dict(sam.state) == {"epochs": 3}  # what is of no parameter stays
     assert sam.param_groups[0]["rho"] == 0.2
     assert sam.param_groups[0]["epsilon"] == options.get("epsilon", 1e-12)
     assert sam.param_groups[0]["lr"] == 0.1
@@ -278,6 +281,8 @@ def test_deepcopy_shares_the_scaler_and_the_context():
     assert copied.grad_scaler is scaler
     assert copied.first_pass_context is context
     assert copied.base_optimizer is not sam.base_optimizer
+    copied.first_pass_context = None
+    assert sam.first_pass_context is context  # each has its own name for what they share
     scaled_step(model, sam, scaler)
     scaled_step(twin, copied, scaler)
     assert same_bits(copies(model.parameters()), copies(twin.parameters()))
@@ -288,7 +293,7 @@ def test_pickle_leaves_the_scaler_behind_and_a_closure_step_says_so():
     model = make_model()
     sam = make(model, grad_scaler=scaler)
     twin, copied = pickle.loads(pickle.dumps((model, sam)))
-    copied = pickle.loads(pickle.dumps(copied))  # a copy of a copy knows it too
+    copied = copy.deepcopy(pickle.loads(pickle.dumps(copied)))  # a copy of a copy knows it too
     copied.param_groups[0]["params"] = list(twin.parameters())
     assert copied.grad_scaler is None
     before = copies(twin.parameters())
@@ -360,6 +365,15 @@ def test_what_is_no_initialisation(lr, gradient):
     assert sam.param_groups[0]["sam_step"] == 1
 
 
+def test_rates_that_cant_be_looked_at():
+    base = torch.optim.SGD(make_model().parameters(), lr=torch.zeros(()))
+    assert is_state_initialisation(base)
+    base.param_groups[0]["lr"] = torch.zeros((), device="meta")  # to look at one on a device is to wait for it
+    assert not is_state_initialisation(base)
+    del base.param_groups[0]["lr"]
+    assert is_state_initialisation(base)
+
+
 @pytest.mark.parametrize("interval", [1, 2])
 def test_a_step_in_two_calls_is_no_initialisation(interval):
     """The first one of a schedule from lr 0 on may have zero gradients: first_step() says that it is one."""
@@ -404,7 +418,19 @@ def test_a_plain_step_at_lr_0_reads_no_gradient():
     assert same_bits(copies(model.parameters()), before)
 
 
+class OfParts(torch.optim.SGD):
+    """As an optimizer made of others has it: a state dict for each, and nothing else among them."""
+
+    def state_dict(self):
+        return {"part": super().state_dict()}
+
+    def load_state_dict(self, state_dict):
+        (part,) = state_dict.values()
+        super().load_state_dict(part)
+
+
 NESTED = {
+    "of parts": lambda params: OfParts(params, lr=0.1, momentum=0.9),
     "lookahead": lambda params: pytorch_optimizer.Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9), k=2),
     "schedule-free": lambda params: pytorch_optimizer.ScheduleFreeWrapper(
         torch.optim.SGD(params, lr=0.1), momentum=0.9
@@ -456,14 +482,12 @@ def test_pickles_from_before_an_option(missing, defaults):
     sam = make(model, interval=2)
     train(model, sam, 3)
     state = sam.__getstate__()
-    for name in missing:
-        del state["_settings"][name]
+    state["_settings"] = {key: value for key, value in state["_settings"].items() if key not in missing}
+    state["defaults"] = {key: value for key, value in state["defaults"].items() if key not in defaults}
     for name in defaults:
-        del state["defaults"][name]
         for group in sam.param_groups:
             del group[name]
-    for name in ("_lost",):
-        del state[name]
+    del state["_lost"]
     twin, state = pickle.loads(pickle.dumps((model, state)))
     old = FusedSAM.__new__(FusedSAM)
     old.__setstate__(state)

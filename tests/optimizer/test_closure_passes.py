@@ -48,6 +48,8 @@ class Task:
         def run():
             if clear == "optimizer":
                 self.base.zero_grad()
+            elif clear == "zeros":
+                self.base.zero_grad(set_to_none=False)
             elif clear == "model":
                 self.model.zero_grad()
             return self.backward(i)
@@ -85,7 +87,7 @@ def assert_same_weights(task, hand):
 
 
 each_way = pytest.mark.parametrize("passes", ["auto", "two"])
-each_clearing = pytest.mark.parametrize("clear", ["optimizer", "model"])
+each_clearing = pytest.mark.parametrize("clear", ["optimizer", "zeros", "model"])
 
 
 @each_way
@@ -273,6 +275,22 @@ def test_layers_that_were_frozen_since_the_backward(backend, frozen):
     assert not sam.perturbed
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_result_that_retains_its_gradient(backend, interval):
+    """torch's optimizers take it, and no hook can be hung on it."""
+    p = torch.ones(2, requires_grad=True) * 1
+    p.retain_grad()
+    sam = FusedSAM([p], torch.optim.SGD, RHO, backend=backend, interval=interval, lr=LR)
+    p.sum().backward()
+    if interval == 1:
+        assert sam.step(lambda: p.detach().sum()) is None
+        assert torch.equal(p.detach(), torch.ones(2))  # without a second gradient
+    else:
+        assert not sam.first_step()
+        sam.second_step()
+        torch.testing.assert_close(p.detach(), torch.full((2,), 1 - LR))
+
+
 def test_the_stand_in_is_no_gradient(backend):
     """A parameter that takes no part in the second pass has no gradient there, and the base leaves it alone."""
     model = nn.ParameterDict({"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(3))})
@@ -281,6 +299,7 @@ def test_the_stand_in_is_no_gradient(backend):
     (model["a"].sum() + model["b"].sum()).backward()
     sam.step(lambda: model["b"].square().sum().backward())
     assert model["a"].grad is None
+    assert not any(p._post_accumulate_grad_hooks for p in model.values())
     assert torch.equal(model["a"].detach(), torch.ones(2))
     assert not torch.equal(model["b"].detach(), torch.ones(3))
 

@@ -251,6 +251,10 @@ def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_co
     sam.param_groups.clear()
     sam.add_param_group({"params": list(model.parameters())})
     assert sam.param_groups[0]["sam_step"] == 1  # training goes on
+    again = FusedSAM(sam.base_optimizer)
+    again.param_groups.clear()
+    again.add_param_group({"params": list(model.parameters())})
+    assert again.param_groups[0]["sam_step"] == 1
 
 
 def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state():

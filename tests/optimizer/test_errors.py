@@ -302,6 +302,17 @@ def test_a_gradient_that_cant_be_read(backend):
     assert same_bits([w, v], [torch.ones(3)] * 2)
 
 
+def test_a_parameter_that_came_past_the_class_is_checked():
+    p, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    sam = FusedSAM([p], torch.optim.SGD, lr=0.1)
+    other._fsdp_flattened = True
+    sam.base_optimizer.add_param_group({"params": [other]})
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="parameter 0 of param group 1 belongs to FullyShardedDataParallel"):
+        sam.first_step()
+    assert torch.equal(p.detach(), torch.ones(2))
+
+
 def test_sparse_gradient_after_dense_ones(backend):
     p = nn.Parameter(torch.ones(4, 2))
     sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)

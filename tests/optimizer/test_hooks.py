@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import types
 import warnings
 
 import pytest
@@ -251,6 +252,25 @@ def test_a_zero_grad_of_somebody_elses_is_still_called():
     sam = FusedSAM(base, rho=0.5)
     two_calls(model, sam, zero_grad=False)
     assert len(calls) == 2
+
+
+def test_a_copy_whose_step_somebody_wrapped_steps_its_own():
+    """On the optimizer itself, as schedulers do."""
+    model, base = make_base(True)
+    calls = []
+    base.step = types.MethodType(lambda self, closure=None: (calls.append(1), Bare.step(self, closure)), base)
+    sam = FusedSAM(base, rho=0.5)
+    two_calls(model, sam)
+    assert len(calls) == 1
+    twin, copied = copy.deepcopy((model, base))
+    before = copies(model.parameters())
+    backward(twin)
+    backward(model)
+    copied.step()
+    assert same_bits(copies(model.parameters()), before)
+    assert not same_bits(copies(twin.parameters()), before)
+    two_calls(twin, FusedSAM(copied, rho=0.5))
+    assert same_bits(copies(model.parameters()), before)
 
 
 def test_a_copy_that_brings_its_hooks_steps_its_own():

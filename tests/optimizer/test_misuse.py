@@ -5,6 +5,7 @@ import gc
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -89,6 +90,17 @@ def test_what_is_no_second_gradient(backend, between):
     assert same_bits(copies(model.parameters()), copies(other.parameters()))
 
 
+def test_a_frozen_parameter_is_not_watched(backend):
+    """Its gradient is from before."""
+    model, sam = make(backend, interval=2)
+    backward(model)
+    model.weight.requires_grad_(False)
+    assert not sam.first_step()
+    backward(model)
+    with pytest.raises(RuntimeError, match=SECOND_GRADIENT):
+        sam.second_step()
+
+
 def test_micro_batches_before_first_step_are_no_second_gradient(backend):
     model, sam = make(backend, interval=2)
     for _ in range(4):
@@ -169,9 +181,13 @@ class Unhooked(torch.optim.Optimizer):
             p.grad = None
 
 
-def test_an_optimizer_without_hooks_is_watched_too(backend):
+@pytest.mark.parametrize("with_room", [False, True])
+def test_an_optimizer_without_hooks_is_watched_too(backend, with_room):
+    """Also where it has, as pytorch_optimizer's wrappers do, room for hooks that nobody calls."""
     model = nn.Linear(4, 2)
     base = Unhooked(model.parameters(), lr=0.1)
+    if with_room:
+        base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     backward(model)
     base.step()
     sam = FusedSAM(base, rho=0.5, backend=backend)
@@ -344,6 +360,28 @@ def test_every_clearing_between_the_calls_is_right_and_hears_nothing(backend, cl
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             hand.step([g * (0.01 / (norm + 1e-6)).clamp(max=1) if clip else g for g in gradients])
     torch.testing.assert_close(copies(model.parameters()), copies(other.parameters()))
+
+
+@pytest.mark.parametrize("reached", [0, 1])
+def test_a_second_backward_that_reaches_a_part_hears_nothing(backend, reached):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    sam = FusedSAM(params, torch.optim.SGD, lr=0.1, backend=backend)
+    sum(p.square().sum() for p in params).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sam.first_step()
+        params[reached].square().sum().backward()
+        sam.second_step()
+
+
+def test_zeros_that_nothing_was_added_to_are_no_sum(backend):
+    model, sam = make(backend)
+    backward(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sam.first_step()
+        sam.zero_grad(set_to_none=False)
+        sam.second_step()
 
 
 def test_a_single_layer_trained_by_one_loss_twice_meets_no_word_of_ours(backend):

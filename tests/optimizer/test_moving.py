@@ -207,8 +207,10 @@ def test_add_param_group_after_steps(backend, who):
     model, sam = make(backend)
     check_step(model, sam, backend)
     extra = nn.Parameter(torch.ones(7))
-    optimizer = sam if who == "sam" else sam.base_optimizer
-    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    group = {"params": [extra], "lr": 0.5}
+    (sam if who == "sam" else sam.base_optimizer).add_param_group(group)
+    if who == "sam":
+        assert set(group) == {"params", "lr"}  # another FusedSAM may be given it
     assert sam.param_groups[1]["lr"] == 0.5
     set_grads(model)
     extra.grad = torch.ones(7)

@@ -189,7 +189,7 @@ def test_16_bit_parameters_warn_once(dtype):
         for _ in range(3):
             p.grad = torch.ones_like(p)
             sam.first_step()
-            sam.second_step()
+            sam.restore()
             p.data = p.data.clone()  # makes for a new layout
     assert len(caught) == 1
 
