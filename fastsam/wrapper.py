@@ -202,7 +202,7 @@ class OptimizerWrapper(Optimizer):
 
     def _option(self, name: str) -> Any:
         self._complete_groups()
-        values = [group[name] for group in self.param_groups]
+        values = [group[name] for group in self.param_groups] or [self.defaults[name]]
         if any(value is not values[0] and value != values[0] for value in values):
             raise ValueError(
                 f"{name} differs between the param groups: read param_groups[i][{name!r}], {len(values)} of them"

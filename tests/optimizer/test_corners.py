@@ -249,6 +249,7 @@ def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_co
     assert sam.param_groups[0]["sam_step"] == 1
     assert sam.is_sam_step
     sam.param_groups.clear()
+    assert sam.rho == 0.5  # what a group that is added without one takes
     sam.add_param_group({"params": list(model.parameters())})
     assert sam.param_groups[0]["sam_step"] == 1  # training goes on
     again = FusedSAM(sam.base_optimizer)
