@@ -316,6 +316,7 @@ class OptimizerWrapper(Optimizer):
                     group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
             for key, value in options.items():
                 group.setdefault(key, value)
+        self._steps = self._steps  # the same in each group: one may have been saved without it
         for post_hook in hooks(self, "load_state_dict_post"):
             post_hook(self)
 

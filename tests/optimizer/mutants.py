@@ -550,6 +550,13 @@ MUTANTS = (
         "test_closure_passes.py::test_gradients_of_a_group_that_comes_later_are_stale",
     ),
     Mutant(
+        "a count that was loaded goes with the groups",
+        WRAPPER,
+        "        self._steps = self._steps  # the same",
+        "        # the same",
+        "test_corners.py::test_a_count_that_was_saved_of_one_group_is_loaded_into_each",
+    ),
+    Mutant(
         "first_step in the closure climbs again",
         OPTIMIZER,
         "if self._state.perturbed:  # w + e_w would be saved as w",
@@ -622,8 +629,8 @@ MUTANTS = (
     Mutant(
         "plain state dicts lose the options",
         WRAPPER,
-        "            for key, value in options.items():\n                group.setdefault(key, value)\n        for post_hook",
-        "        for post_hook",
+        "            for key, value in options.items():\n                group.setdefault(key, value)\n        self._steps",
+        "        self._steps",
         "test_checkpoint.py::test_plain_state_dicts_both_ways",
     ),
     Mutant(

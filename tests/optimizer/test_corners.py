@@ -256,6 +256,12 @@ def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_co
     again.param_groups.clear()
     again.add_param_group({"params": list(model.parameters())})
     assert again.param_groups[0]["sam_step"] == 1
+    saved = sam.state_dict()
+    model, sam = make(interval=2)
+    sam.load_state_dict(saved)
+    sam.param_groups.clear()
+    sam.add_param_group({"params": list(model.parameters())})
+    assert sam.param_groups[0]["sam_step"] == 1  # also where it was resumed
 
 
 def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state():
@@ -267,6 +273,18 @@ def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_
     sam.second_step(zero_grad=True)
     sam.base_optimizer.load_state_dict(plain)
     assert sam.is_sam_step  # the count goes on
+
+
+def test_a_count_that_was_saved_of_one_group_is_loaded_into_each():
+    model, sam = make()
+    sam.base_optimizer.add_param_group({"params": [Parameter(torch.ones(2))]})
+    saved = sam.base_optimizer.state_dict()  # past FusedSAM: the new group has no count yet
+    backward(model)
+    sam.first_step(zero_grad=True)
+    backward(model)
+    sam.second_step(zero_grad=True)
+    sam.load_state_dict(saved)
+    assert [group["sam_step"] for group in sam.param_groups] == [0, 0]
 
 
 def test_a_group_that_came_past_the_class_is_saved_with_the_count_of_the_others():
