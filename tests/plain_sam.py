@@ -81,8 +81,6 @@ class PlainBase:
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(group)
-        for sam in self.sams:
-            sam.mark(self.param_groups[-1]["params"])
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         return self.optimizer.register_step_pre_hook(hook)
@@ -148,7 +146,8 @@ class PlainSAM:
 
     @property
     def is_sam_step(self) -> bool:
-        self.complete_groups()
+        if self.param_groups and not self.options.keys() <= self.param_groups[0].keys():
+            self.complete_groups()
         return self.base.count >= self.start and (self.base.count + 1) % self.interval == 0
 
     @property
@@ -255,7 +254,7 @@ class PlainSAM:
             only_pass = self.direction == "momentum" and self.announced is not None
             if self.saved is None and self.is_sam_step and not only_pass:
                 raise Refused("nothing to step from")
-            if self.announced and any(p.grad is g and g._version != v for p, (g, v) in self.announced.items()):
+            if self.announced and any(p.grad is not g or g._version != v for p, (g, v) in self.announced.items()):
                 self.company.may_refuse()  # a second gradient was added to that of a plain step, or seems to be
         elif self.direction == "momentum":
             if self.saved is None and self.is_sam_step and self.climb():
@@ -345,9 +344,16 @@ class PlainSAM:
     # -- groups and checkpoints ----------------------------------------------------------------------------------------
 
     def complete_groups(self) -> None:
+        """Takes in the groups that came past this class: what gradients they bring is stale."""
         for group in self.param_groups:
+            if not self.options.keys() <= group.keys():
+                self.mark_group(group)
             for key, value in self.options.items():
                 group.setdefault(key, value)
+
+    def mark_group(self, group: dict[str, Any]) -> None:
+        for sam in self.base.sams:
+            sam.mark(group["params"])
 
     @property
     def rho(self) -> Any:
@@ -364,6 +370,7 @@ class PlainSAM:
         if group.get("rho", 0) < 0:
             raise Refused("rho out of range")
         self.base.add_param_group({**self.options, **group})
+        self.mark_group(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         self.require_idle()

@@ -27,6 +27,7 @@ from tests.oracle import same_bits
 from tests.plain_sam import Company, PlainBase, PlainSAM, Refused
 
 INTERPRETED = False
+FASTSAM = os.path.dirname(notices.__file__)
 MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
@@ -277,6 +278,8 @@ class World:
 
     def give_groups_again(self, base, how):
         through = (self.around(base) or [base])[0]
+        for sam in self.around(base):
+            _ = sam.is_sam_step  # the count goes with the groups, and another one may have changed it
         kept = [{key: group[key] for key in ("params", "lr", "maximize")} for group in base.param_groups]
         if how == "assign":
             through.param_groups = []
@@ -461,7 +464,8 @@ def outcome(action, world):
             return None, type(error), traceback.format_exc()
 
 
-ORDERLY = (None, RuntimeError, ValueError, TypeError, pickle.UnpicklingError, Boom)
+ORDERLY = (None, RuntimeError, ValueError, TypeError, pickle.UnpicklingError, Boom, KeyError)
+"""KeyError: torch's, for another optimizer's state."""
 SEEDS = st.integers(0, 20)
 PARTS = st.sampled_from(["all", "left", "right"])
 FORMS = st.sampled_from(["calls", "closure", "restore"])
@@ -530,7 +534,7 @@ class Meetings(RuleBasedStateMachine):
         if collect:
             gc.collect()
         assert error in ORDERLY, where
-        plain.company.refused = error not in (None, Boom)
+        plain.company.refused = where.rpartition('File "')[2].startswith(FASTSAM)  # not an error of torch's
         expected, refused, reason = outcome(action, plain)
         assert refused in (*ORDERLY, Refused), reason
         assert (error is None) == (refused is None), f"expected {reason or expected}\n{where or 'no error'}"
