@@ -564,13 +564,6 @@ MUTANTS = (
         "test_closure.py::test_first_step_in_the_closure_is_an_error",
     ),
     Mutant(
-        "what is frozen since is watched",
-        PERTURBATION,
-        "for p in bucket.live_params() if p.requires_grad]",
-        "for p in bucket.live_params()]",
-        "test_closure_passes.py::test_layers_that_were_frozen_since_the_backward",
-    ),
-    Mutant(
         "inference mode is not left",
         "fastsam/torch_api.py",
         "if torch.is_inference_mode_enabled():",
