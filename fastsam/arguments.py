@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastsam import backends
@@ -18,14 +18,14 @@ from fastsam.direction import DIRECTIONS, check_base
 from fastsam.notices import tell_once
 from fastsam.options import (
     COUNTER,
+    GROUP_DEFAULTS,
     OPTIONS,
     SETTINGS,
     UNPICKLED,
     Group,
-    check_group,
     check_one_pass,
     check_options,
-    complete_group,
+    complete_groups,
 )
 
 __all__ = ["ContextFactory", "bind"]
@@ -72,16 +72,20 @@ def bind(forms: Sequence[inspect.Signature], args: tuple[Any, ...], kwargs: Grou
     if "rho" not in given:
         options["rho"] = direction.rho
     groups = base.param_groups
-    _replace_left_over(groups, {key: value for key, value in options.items() if key in given})
-    steps = max((group[COUNTER] for group in groups if COUNTER in group), default=0)
-    for group in groups:
-        complete_group(group, options, steps)
-    for i in range(len(groups)):
-        check_group(groups, i)
+    wins = {key: value for key, value in options.items() if key in given}
+    complete = complete_groups(
+        [{**group, **wins} if COUNTER in group else group for group in groups],
+        options,
+        max((group[COUNTER] for group in groups if COUNTER in group), default=0),
+    )
     for device in {p.device for group in groups for p in group["params"]}:
         backends.load(values["backend"], device)
         if device.type == "cpu" and values["backend"] is None and not os.environ.get("FASTSAM_BACKEND"):
             _warn_without_native()
+    # Nothing is written before all is checked: a call that is refused leaves no options behind.
+    _tell_left_over(groups, complete, options)
+    for group, whole in zip(groups, complete, strict=True):
+        group.update(whole)
     return base, options, {name: value for name, value in values.items() if name not in OPTIONS}
 
 
@@ -170,20 +174,40 @@ def _check_not_sharded() -> None:
         frame = frame.f_back
 
 
-def _replace_left_over(groups: list[Group], given: Group) -> None:
-    """What is given to FusedSAM wins over what an earlier one, or its checkpoint, left in the groups, and says so."""
-    replaced = []
-    for i, group in enumerate(groups):
+def _tell_left_over(groups: list[Group], complete: list[Group], options: Group) -> None:
+    """Says what becomes of the options that an earlier FusedSAM, or its checkpoint, left in the param groups.
+
+    What is given to FusedSAM wins. The rest stays: a checkpoint, or the user, may have put it there.
+
+    Args:
+        groups: as they are.
+        complete: as they are going to be.
+        options: what a group gets that has none.
+    """
+    replaced, kept = [], []
+    for i, (group, whole) in enumerate(zip(groups, complete, strict=True)):
         if COUNTER not in group:  # options of its own, which the user gave it
             continue
-        for key, value in given.items():
-            if key in group and float(group[key]) != float(value):
-                replaced.append(f"{key}={float(group[key]):g} of param group {i} by {float(value):g}")
-            group[key] = value
+        for key in OPTIONS:
+            if key in group and group[key] != whole[key]:
+                replaced.append(f"{key}={_show(group[key])} of param group {i} by {_show(whole[key])}")
+            elif whole[key] != options[key] and key not in GROUP_DEFAULTS:  # which no keyword of FusedSAM's gives
+                kept.append(f"{key}={_show(whole[key])} of param group {i} (a new group gets {_show(options[key])})")
     if replaced:
         warnings.warn(
             f"FusedSAM replaced what an earlier one left in the param groups: {', '.join(replaced)}", stacklevel=4
         )
+    if kept:
+        tell_once(
+            "left over",
+            "FusedSAM keeps what an earlier one, or its checkpoint, left in the param groups: "
+            f"{', '.join(kept)}. To have another value in all groups, give it to FusedSAM, as in rho=0.05, or "
+            "set it, as in sam.rho = 0.05",
+        )
+
+
+def _show(value: object) -> str:
+    return f"{float(value):g}" if isinstance(value, float | Tensor) else str(value)
 
 
 def _warn_without_native() -> None:

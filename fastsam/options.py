@@ -1,7 +1,8 @@
 """FusedSAM's options: those in the param groups, those beside them, and the check of each.
 
-A keyword of FusedSAM is said in three places: in the overloads of `FusedSAM.__init__`, in their docstring, and in the
-tables of checks here.
+A keyword of FusedSAM is said in four places: in the overloads of `FusedSAM.__init__`, in their docstring, in the tables
+of checks here, and as a property in wrapper.py. Two are in no table: backends/ checks ``backend``, and
+``flatten_parameters`` counts as true or false.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from fastsam.distributed import ProcessGroup, is_fsdp1
 
 __all__ = [
     "COUNTER",
-    "DTYPES",
     "GROUP_DEFAULTS",
     "OPTIONS",
     "SETTINGS",
     "UNPICKLED",
     "Group",
+    "check_dtype",
     "check_group",
     "check_one_pass",
     "check_options",
     "complete_group",
+    "complete_groups",
     "host_value",
     "parameter_name",
 ]
@@ -166,21 +168,31 @@ def complete_group(group: Group, options: Group, steps: int) -> Group:
     return group
 
 
+def complete_groups(groups: list[Group], options: Group, steps: int) -> list[Group]:
+    """What the param groups are with all of FusedSAM's keys, each checked as by `check_group`; changes none of them.
+
+    Who writes it to the groups does so when nothing can be refused any more: a group that has the keys counts as
+    checked.
+    """
+    complete = [complete_group(dict(group), options, steps) for group in groups]
+    for i in range(len(complete)):
+        check_group(complete, i)
+    return complete
+
+
 def check_group(groups: list[Group], i: int) -> None:
     """Checks the options and parameters of param group i.
 
     Raises:
-        TypeError: an option of the wrong type; a parameter that takes a gradient and is complex or integer; one of
-            FullyShardedDataParallel's.
+        TypeError: an option of the wrong type; a parameter that takes a gradient, is to be perturbed and is complex or
+            integer; one of FullyShardedDataParallel's.
         ValueError: an option out of range; a parameter that is there twice.
     """
     groups[i].update(check_options(groups[i], f" of param group {i}"))
     seen = set()
     for j, p in enumerate(groups[i]["params"]):
-        if p.requires_grad and p.dtype not in DTYPES:
-            raise TypeError(
-                f"{parameter_name(groups[i], i, j)} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}"
-            )
+        if p.requires_grad and groups[i]["perturb"]:
+            check_dtype(p, parameter_name(groups[i], i, j))
         if is_fsdp1(p):
             raise TypeError(
                 f"{parameter_name(groups[i], i, j)} belongs to FullyShardedDataParallel, whose shards look like whole "
@@ -189,6 +201,15 @@ def check_group(groups: list[Group], i: int) -> None:
         if id(p) in seen:
             raise ValueError(f"{parameter_name(groups[i], i, j)} is in the group twice; give each parameter once")
         seen.add(id(p))
+
+
+def check_dtype(p: Tensor, name: str) -> None:
+    """Raises a TypeError where a parameter that is to be perturbed is complex or integer."""
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}: put it into a param group with "
+            "perturb=False, which the base optimizer steps all the same, or give it to another optimizer"
+        )
 
 
 def check_one_pass(closure_passes: str, first_pass_context: object) -> None:

@@ -14,7 +14,7 @@ from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import ProcessGroup, Shardings, is_dtensor, local, local_grad
-from fastsam.options import DTYPES, Group, check_options, host_value, parameter_name
+from fastsam.options import Group, check_dtype, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
 __all__ = ["Perturbation", "check_any_perturbed", "flatten_groups", "gradient_norm", "no_gradient_error"]
@@ -248,8 +248,7 @@ class Perturbation:
                     slotless.append(p)
                     continue
                 name = parameter_name(group, i, j)
-                if p.dtype not in DTYPES:
-                    raise TypeError(f"{name} is {p.dtype}; FusedSAM perturbs {', '.join(map(str, DTYPES))}")
+                check_dtype(p, name)
                 kind = (p.device, p.dtype, shardings.index(p, name))
                 members.setdefault(kind, []).append((p, i, name))
         self._warn_16_bit([dtype for _, dtype, _ in members])

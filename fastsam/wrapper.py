@@ -26,6 +26,7 @@ from fastsam.options import (
     check_one_pass,
     check_options,
     complete_group,
+    complete_groups,
 )
 from fastsam.perturbation import flatten_groups
 from fastsam.torch_api import disable_dynamo, hooks
@@ -244,11 +245,11 @@ class OptimizerWrapper(Optimizer):
         groups = self.param_groups
         if not all(group.keys() >= _KEYS for group in groups):
             steps = max((int(group[COUNTER]) for group in groups if COUNTER in group), default=self._settings["steps"])
-            for i, group in enumerate(groups):
+            complete = complete_groups(groups, {key: self.defaults[key] for key in OPTIONS}, steps)
+            for group, whole in zip(groups, complete, strict=True):
                 if COUNTER not in group:
                     self._mark_group_stale(group["params"])
-                complete_group(group, {key: self.defaults[key] for key in OPTIONS}, steps)
-                check_group(groups, i)
+                group.update(whole)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -330,6 +330,50 @@ def test_given_options_win_over_left_over_ones():
     assert again.rho == 0.1
 
 
+LEFT_OVER = [
+    ({"rho": 0.3, "adaptive": True}, {}, r"rho=0\.3 of .* \(a new group gets 0\.05\), adaptive=True .* gets False"),
+    ({}, {"direction": "momentum"}, r"rho=0\.05 of param group 0 \(a new group gets 1\)"),
+    ({"rho": torch.tensor(0.25)}, {}, r"rho=0\.25 of param group 0"),
+]
+
+
+@pytest.mark.parametrize("through_a_checkpoint", [False, True])
+@pytest.mark.parametrize(("first", "second", "told"), LEFT_OVER)
+def test_options_that_an_earlier_one_left_stay_and_it_says_so_once(
+    hears_nothing, first, second, told, through_a_checkpoint
+):
+    """A notebook cell that is edited and run again: nobody gave these options to this FusedSAM."""
+    base = torch.optim.SGD(make_model().parameters(), lr=0.1, momentum=0.9)
+    earlier = FusedSAM(base, **first)
+    if through_a_checkpoint:
+        base = torch.optim.SGD(make_model().parameters(), lr=0.1, momentum=0.9)
+        base.load_state_dict(earlier.state_dict())
+    with pytest.warns(UserWarning, match=told) as caught:
+        sams = [FusedSAM(base, **second) for _ in range(2)]
+    assert len(caught) == 1
+    assert [(sam.rho, sam.adaptive) for sam in sams] == [(earlier.rho, earlier.adaptive)] * 2
+
+
+def test_what_a_call_would_give_anyway_is_not_told(hears_nothing):
+    """Nor perturb, which no call gives, nor what is given."""
+    model = make_model()
+    base = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "perturb": False}])
+    FusedSAM(base)
+    FusedSAM(base)
+    FusedSAM(base, rho=0.05, adaptive=False)
+
+
+@pytest.mark.parametrize("refused", [{"backend": "cuda"}, {"backend": "numpy"}, {"process_group": 1}])
+def test_a_call_that_was_refused_leaves_no_options(hears_nothing, refused):
+    base = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    keys = set(base.param_groups[0])
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        FusedSAM(base, rho=0.5, adaptive=True, **refused)
+    assert set(base.param_groups[0]) == keys
+    sam = FusedSAM(base)
+    assert (sam.rho, sam.adaptive) == (0.05, False)
+
+
 def test_options_of_the_groups_own_stay():
     model = make_model()
     base = torch.optim.SGD([{"params": model[0].parameters(), "rho": 0.3}, {"params": model[2].parameters()}], lr=0.1)

@@ -226,10 +226,24 @@ def test_no_parameters():
         FusedSAM([], torch.optim.SGD, lr=0.1)
 
 
+def test_a_group_that_came_past_fused_sam_is_refused_each_time():
+    """As FullyShardedDataParallel marks its parameters."""
+    (w, v), shard = params(), nn.Parameter(torch.ones(2))
+    shard._fsdp_flattened = True
+    sam = FusedSAM([w, v], torch.optim.SGD, lr=0.1)
+    sam.base_optimizer.add_param_group({"params": [shard], "rho": 0.5})
+    for p in (w, shard):
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="parameter 0 of param group 1 belongs to FullyShardedDataParallel"):
+            sam.first_step()
+    assert same_bits([w, shard], [torch.ones(2, 3), torch.ones(2)])
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_parameters(dtype):
     p = nn.Parameter(torch.ones(2, dtype=dtype))
-    message = rf"parameter 1 of param group 0 is {dtype}; FusedSAM perturbs"
+    message = rf"parameter 1 of param group 0 is {dtype}; FusedSAM perturbs .*a param group with perturb=False"
     with pytest.raises(TypeError, match=message):
         FusedSAM([params()[0], p], torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match=r"\(phase\) is torch"):

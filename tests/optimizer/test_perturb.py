@@ -313,6 +313,27 @@ def test_an_infinite_gradient_of_the_part_that_is_left_out_does_not_stop_the_asc
     sam.restore()
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_complex_parameters_may_be_left_out(backend, flatten):
+    """The base optimizer steps them; put into the ascent, they are refused as at construction."""
+    w, z = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor([1 + 2j, 3j]))
+    groups = [{"params": [w]}, {"params": [z], "perturb": False}]
+    sam = FusedSAM(groups, torch.optim.SGD, lr=0.1, rho=0.5, backend=backend, flatten_parameters=flatten)
+
+    def run():
+        sam.zero_grad()
+        loss = w.square().sum() + (z * z.conj()).real.sum()
+        loss.backward()
+        return loss
+
+    sam.step(run)
+    torch.testing.assert_close(z.detach(), 0.8 * torch.tensor([1 + 2j, 3j]))
+    torch.testing.assert_close(w.detach(), torch.ones(2) - 0.2 * (1 + 0.5 / math.sqrt(2)))
+    sam.param_groups[1]["perturb"] = True
+    with pytest.raises(TypeError, match=r"parameter 0 of param group 1 is torch\.complex64.*perturb=False"):
+        sam.step(run)
+
+
 def test_flat_parameters(backend):
     """All are moved into the buffer, so that a group may be toggled."""
     net, sam = make(torch.float64, backend=backend, flatten_parameters=True)
