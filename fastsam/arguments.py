@@ -149,6 +149,15 @@ def _check_base(base: Optimizer) -> None:
             f"base_optimizer {type(base).__name__} has an option {taken[0]!r} of its own, which FusedSAM would share "
             "with it in the param groups: use another base optimizer"
         )
+    # Of the class: what a scheduler puts in the place of step has another signature than it says.
+    _, *parameters = inspect.signature(type(base).step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise ValueError(
+            f"base_optimizer {type(base).__name__} can't step without {needed[0]!r}, but FusedSAM computes the "
+            f"gradients itself and then calls step(): let it have a default, as in step(self, {needed[0]}=None), or "
+            "use another base optimizer"
+        )
 
 
 def _check_class(base_optimizer: type[Optimizer]) -> None:

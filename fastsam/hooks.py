@@ -1,4 +1,4 @@
-"""What FusedSAM hangs on its base optimizer, to see when somebody steps it or clears its gradients."""
+"""What FusedSAM hangs on its base optimizer, to see when somebody steps it, loads it or clears its gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastsam.torch_api import recording
 
-__all__ = ["after_zero_grad", "around_step"]
+__all__ = ["after_zero_grad", "around_load", "around_step"]
 
 T = TypeVar("T")
 
@@ -27,24 +27,33 @@ def around_step(base: Optimizer, before: Callable[[], T | None], after: Callable
         before: a method of the FusedSAM around it, which is not kept alive.
         after: another one, which is given what `before` returned; None where a copy of `base` was stepped.
     """
-    around = _Around(base, before, after)
-    if getattr(type(base).step, "hooked", False):
-        for handle in (
-            base.register_step_pre_hook(lambda optimizer, args, kwargs: around.before(optimizer)),
-            base.register_step_post_hook(lambda optimizer, args, kwargs: around.after()),
-        ):
-            weakref.finalize(cast(Any, before).__self__, handle.remove).atexit = False
+    _hang(base, "step", getattr(type(base).step, "hooked", False), _Around(base, before, after))
+
+
+def around_load(base: Optimizer, before: Callable[[], T | None], after: Callable[[T | None], None]) -> None:
+    """As `around_step`, of base.load_state_dict."""
+    inherited = type(base).load_state_dict is Optimizer.load_state_dict
+    by_hooks = inherited and hasattr(base, "_optimizer_load_state_dict_pre_hooks")
+    _hang(base, "load_state_dict", by_hooks, _Around(base, before, after))
+
+
+def _hang(base: Optimizer, name: str, by_hooks: bool, around: _Around[Any]) -> None:
+    """Hangs `around` on a method of the base optimizer: by hooks, where torch calls them around this method."""
+    if by_hooks:
+        for kind, hook in (("pre", around.before), ("post", around.after)):
+            handle = getattr(base, f"register_{name}_{kind}_hook")(hook)
+            weakref.finalize(around.sam, handle.remove).atexit = False
         return
-    # torch puts no hooks around this step. Schedulers want a bound method in its place.
-    step = getattr(vars(base).get("step"), "__func__", None)
-    if not isinstance(step, _Step) or step.base() is not base:
-        step = _Step(base)
-        base.step = MethodType(step, base)  # type: ignore[method-assign]
-    step.around[:] = [*(other for other in step.around if other.alive), around]
+    # Schedulers want a bound method in the place of step.
+    method = getattr(vars(base).get(name), "__func__", None)
+    if not isinstance(method, _Method) or method.base() is not base:
+        method = _Method(base, name)
+        setattr(base, name, MethodType(method, base))
+    method.around[:] = [*(other for other in method.around if other.sam is not None), around]
 
 
 class _Around(Generic[T]):
-    """What one FusedSAM does before and after each step of its base optimizer; keeps neither alive."""
+    """What one FusedSAM does before and after each call of a method of its base optimizer; keeps neither alive."""
 
     def __init__(self, base: Optimizer, before: Callable[[], T | None], after: Callable[[T | None], None]) -> None:
         self._base = weakref.ref(base)
@@ -52,41 +61,51 @@ class _Around(Generic[T]):
         self._found: T | None = None
 
     @property
-    def alive(self) -> bool:
-        """Whether the FusedSAM is."""
-        return self._before() is not None
+    def sam(self) -> Any:
+        """The FusedSAM; None when it is gone."""
+        return getattr(self._before(), "__self__", None)
 
-    def before(self, optimizer: object) -> None:
-        """Called before the step of `optimizer`, which may be a copy that brought its hooks along."""
+    def before(self, optimizer: object, *_: Any) -> None:
+        """Called before the method of `optimizer`, which may be a copy that shares its hooks."""
         method = self._before()
         self._found = method() if method is not None and optimizer is self._base() else None
 
-    def after(self) -> None:
+    def after(self, *_: Any) -> None:
         """Called after it."""
         if (method := self._after()) is not None:
             method(self._found)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """In a copy or a pickle of a base optimizer that brings its hooks along: there is no FusedSAM around that."""
+        return dict.fromkeys(vars(self), _nobody)
 
-class _Step:
-    """Stands for `step` of one optimizer whose class has no hooks.
+
+def _nobody() -> None:
+    """What stands for the weak references there."""
+
+
+class _Method:
+    """Stands for a method of one optimizer around which torch calls no hooks.
 
     Attributes:
         base: a weak reference to the optimizer.
         around: what to call before and after, of each FusedSAM around the optimizer.
     """
 
-    def __init__(self, base: Optimizer) -> None:
+    def __init__(self, base: Optimizer, name: str) -> None:
         self.base = weakref.ref(base)
         self.around: list[_Around[Any]] = []
-        self._own: Callable[..., Any] | None = vars(base).get("step")  # somebody else's, put there before
-        functools.update_wrapper(self, type(base).step, updated=())
+        self._name = name
+        self._own: Callable[..., Any] | None = vars(base).get(name)  # somebody else's, put there before
+        functools.update_wrapper(self, getattr(type(base), name), updated=())
 
     def __call__(self, base: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        of_class = getattr(type(base), self._name)
         if base is not self.base():  # but a copy, which brought this along
-            return type(base).step(base, *args, **kwargs)
+            return of_class(base, *args, **kwargs)
         for around in self.around:
             around.before(base)
-        result = type(base).step(base, *args, **kwargs) if self._own is None else self._own(*args, **kwargs)
+        result = of_class(base, *args, **kwargs) if self._own is None else self._own(*args, **kwargs)
         for around in self.around:
             around.after()
         return result

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fastsam.arguments import ContextFactory
 from fastsam.checkpoint import check_settings, to_base_state_dict, with_settings
 from fastsam.distributed import ProcessGroup
+from fastsam.hooks import around_load
 from fastsam.options import (
     COUNTER,
     GROUP_DEFAULTS,
@@ -305,21 +306,28 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in hooks(self, "load_state_dict_pre"):
             state_dict = or_default(pre_hook(self, state_dict), state_dict)
         self._complete_groups()
-        before = [{key: group[key] for key in (*OPTIONS, COUNTER)} for group in self.param_groups]
         check_settings(state_dict, self._settings)
         state_dict = to_base_state_dict(state_dict)
-        for i, (options, saved) in enumerate(zip(before, state_dict.get("param_groups", []), strict=False)):
+        for i, (options, saved) in enumerate(
+            zip(self._own_options(), state_dict.get("param_groups", []), strict=False)
+        ):
             check_options({**options, **saved}, f" of param group {i} of the state dict")
-        self.base_optimizer.load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, before, strict=True):
-            if isinstance(rho := options["rho"], Tensor) and "rho" in group:
+        self.base_optimizer.load_state_dict(state_dict)  # which calls `_keep_options`
+        self._steps = self._steps  # the same in each group: one may have been saved without it
+        for post_hook in hooks(self, "load_state_dict_post"):
+            post_hook(self)
+
+    def _own_options(self) -> list[Group]:
+        return [{key: group[key] for key in (*OPTIONS, COUNTER) if key in group} for group in self.param_groups]
+
+    def _keep_options(self, before: list[Group] | None) -> None:
+        """Gives the groups their own options again, where a state dict that was loaded did not bring them."""
+        for group, options in zip(self.param_groups, before or (), strict=False):
+            if isinstance(rho := options.get("rho"), Tensor) and "rho" in group:
                 with torch.no_grad():
                     group["rho"] = rho.copy_(torch.as_tensor(group["rho"]))
             for key, value in options.items():
                 group.setdefault(key, value)
-        self._steps = self._steps  # the same in each group: one may have been saved without it
-        for post_hook in hooks(self, "load_state_dict_post"):
-            post_hook(self)
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -341,12 +349,20 @@ class OptimizerWrapper(Optimizer):
         state["_settings"] = {**{name: defaults[name] for name in SETTINGS}, "steps": 0, **state["_settings"]}
         super().__setstate__(state)
         self._start()
+        around_load(self.base_optimizer, self._own_options, self._keep_options)
         self._settings["steps"] = self._steps
 
+    def __copy__(self) -> OptimizerWrapper:
+        """Another one around the same base optimizer."""
+        return self._fill(type(self).__new__(type(self)), self.__getstate__())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerWrapper:
-        """A copy that shares what belongs to the training and not to the optimizer."""
+        """One around a copy of the base optimizer."""
         state = copy.deepcopy(self.__getstate__(), memo)
-        copied = type(self).__new__(type(self))
+        return self._fill(type(self).__new__(type(self)), state)
+
+    def _fill(self, copied: OptimizerWrapper, state: dict[str, Any]) -> OptimizerWrapper:
+        """Makes a copy, which shares what belongs to the training and not to the optimizer."""
         copied.__setstate__({**state, "_of_training": dict(self._of_training), "_lost": self._lost})
         return copied
 

@@ -118,18 +118,41 @@ def test_plain_state_dicts_both_ways():
     back.step()
 
 
-def test_plain_state_dict_loaded_past_fused_sam():
-    """By whoever knows the base optimizer only: FusedSAM's options are completed from its own arguments."""
+class OwnLoad(torch.optim.AdamW):
+    """Its load_state_dict calls none of torch's hooks."""
+
+    def load_state_dict(self, state_dict):
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            params = group["params"]
+            group.clear()
+            group.update(saved, params=params)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, OwnLoad])
+def test_a_state_dict_loaded_past_fused_sam_keeps_the_options_that_it_lacks(base):
+    """By whoever knows the base optimizer only."""
     model = make_model()
-    sam = make(model, rho=0.3, adaptive=True, interval=2)
-    plain = torch.optim.AdamW(make_model().parameters(), **ADAMW)
-    for loads in (sam.base_optimizer, sam):
-        loads.load_state_dict(plain.state_dict())
-    sam.base_optimizer.load_state_dict(plain.state_dict())
-    train(model, sam, 2)
-    assert sam.param_groups[0]["rho"] == 0.3
-    assert sam.param_groups[0]["adaptive"] is True
-    assert sam.param_groups[0]["sam_step"] == 2
+    rho = torch.tensor(0.4)
+    groups = [{"params": model[0].parameters(), "rho": rho}, {"params": model[2].parameters(), "perturb": False}]
+    sam = FusedSAM(groups, base, rho=0.3, interval=2, **ADAMW)
+    sam.adaptive = True
+    train(model, sam, 3)
+    plain = base([{"params": list(layer.parameters())} for layer in (model[0], model[2])], lr=0.5).state_dict()
+    for saved, expected in ((None, 0.4), (0.7, 0.7)):
+        if saved is not None:
+            plain["param_groups"][0]["rho"] = saved
+        sam.base_optimizer.load_state_dict(plain)
+        first, second = sam.param_groups
+        assert first["lr"] == 0.5
+        assert first["rho"] is rho
+        assert float(rho) == pytest.approx(expected)
+        assert (second["rho"], first["perturb"], second["perturb"]) == (0.3, True, False)
+        assert [(group["adaptive"], group["sam_step"]) for group in sam.param_groups] == [(True, 3)] * 2
+    before = copies(model[2].parameters())
+    backward(model)
+    assert sam.first_step(zero_grad=True)
+    assert same_bits(copies(model[2].parameters()), before)
+    sam.restore()
 
 
 @pytest.mark.parametrize("mid_step", [False, True])
@@ -270,6 +293,21 @@ def scaled_step(model, sam, scaler):
 
     sam.step(closure)
     scaler.update()
+
+
+def test_a_shallow_copy_is_another_one_around_the_same_base():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = make_model()
+    sam = make(model, grad_scaler=scaler, first_pass_context=contextlib.nullcontext)
+    copied = copy.copy(sam)
+    assert copied.base_optimizer is sam.base_optimizer
+    assert copied.grad_scaler is scaler
+    assert copied.first_pass_context is contextlib.nullcontext
+    copied.grad_scaler = None
+    copied.interval = 2
+    assert (sam.grad_scaler, sam.interval) == (scaler, 1)
+    scaled_step(model, sam, scaler)
+    assert [s.param_groups[0]["sam_step"] for s in (sam, copied)] == [1, 1]
 
 
 def test_deepcopy_shares_the_scaler_and_the_context():

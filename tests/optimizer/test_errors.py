@@ -128,6 +128,34 @@ def test_base_optimizers_that_cannot_work(base, options, message):
         FusedSAM(base(params(), **options))
 
 
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        return super().step()
+
+
+class NeedsMore(torch.optim.SGD):
+    def step(self, closure=None, *, loss):
+        return super().step(closure)
+
+
+class TakesAnything(torch.optim.SGD):
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("base", "argument"), [(NeedsClosure, "closure"), (NeedsMore, "loss")])
+def test_base_optimizers_whose_step_needs_an_argument(base, argument):
+    message = rf"{base.__name__} can't step without '{argument}'.*step\(self, {argument}=None\)"
+    for construct in (lambda: FusedSAM(params(), base, lr=0.1), lambda: FusedSAM(base(params(), lr=0.1))):
+        with pytest.raises(ValueError, match=message):
+            construct()
+    optimizer = TakesAnything(params(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts another step in its place
+    FusedSAM(FusedSAM(optimizer).base_optimizer)
+
+
 def test_fused_sam_is_no_base_optimizer():
     with pytest.raises(TypeError, match=r"FusedSAM is a SAM optimizer already.*pass its base_optimizer"):
         FusedSAM(by_class())

@@ -160,6 +160,7 @@ def test_wrapping_a_base_again_and_again(bare, kept):
         assert len(base.step.__func__.around) <= alive + 3  # those of the dead go when the next one comes
     else:
         assert len(base._optimizer_step_pre_hooks) == len(base._optimizer_step_post_hooks) == alive
+        assert len(base._optimizer_load_state_dict_pre_hooks) == alive
     assert len(vars(base)["zero_grad"].marks) <= alive + 3
     backward(model)
     base.zero_grad()
@@ -273,21 +274,44 @@ def test_a_copy_whose_step_somebody_wrapped_steps_its_own():
     assert same_bits(copies(model.parameters()), before)
 
 
-def test_a_copy_that_brings_its_hooks_steps_its_own():
+class KeepsItsDict(torch.optim.SGD):
     """torch's optimizers leave their hooks behind; one whose state is its __dict__ takes them along."""
 
-    class Base(torch.optim.SGD):
-        def __getstate__(self):
-            return self.__dict__
+    def __getstate__(self):
+        return self.__dict__.copy()
 
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_that_brings_its_hooks_steps_its_own(copied):
     model = nn.Linear(4, 3)
-    sam = FusedSAM(Base(model.parameters(), lr=0.1))
-    twin, copied = copy.deepcopy((model, sam.base_optimizer))
-    assert copied._optimizer_step_pre_hooks
-    backward(model)
-    backward(twin)
+    sam = FusedSAM(KeepsItsDict(model.parameters(), lr=0.1), rho=0.3)
+    other = copied(sam.base_optimizer)
+    assert other._optimizer_step_pre_hooks
+    (group,) = other.param_groups
+    for p in (*model.parameters(), *group["params"]):
+        p.grad = torch.ones_like(p)
     sam.first_step()
-    copied.step()  # the original is perturbed, the copy is not
+    other.step()  # the original is perturbed, the copy is not
     assert sam.perturbed
     sam.restore()
     assert sam.param_groups[0]["sam_step"] == 0
+    other.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.5).state_dict())
+    assert (other.param_groups[0]["lr"], sam.param_groups[0]["lr"]) == (0.5, 0.1)
+    again = FusedSAM(other, rho=0.2)
+    p = again.param_groups[0]["params"][0]
+    p.grad = torch.ones_like(p)
+    again.first_step(zero_grad=True)
+    p.grad = torch.ones_like(p)
+    again.second_step()
+    assert again.param_groups[0]["sam_step"] == 1
+
+
+def test_hooks_in_a_pickle_hold_no_fused_sam():
+    sam = FusedSAM(KeepsItsDict(nn.Linear(4, 3).parameters(), lr=0.1))
+    for what in (sam, sam.base_optimizer):
+        assert b"FusedSAM" not in pickle.dumps(sam.base_optimizer)
+        pickle.loads(pickle.dumps(what)).zero_grad()
