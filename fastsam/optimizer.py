@@ -62,7 +62,7 @@ class FusedSAM(OptimizerWrapper):
         base_optimizer: an optimizer class, or another function that makes one from params (first form); or an
             optimizer (second form).
         rho: radius of the neighbourhood, >= 0; a float or a 0-d tensor. Where none is given, direction="momentum" takes
-            1.0.
+            1.0. What is in the param groups already stays where none is given, as do epsilon and adaptive.
         adaptive: climb by ASAM's scale-invariant rule.
         epsilon: added to the norm, >= 0.
         interval: step k, counted from 0, is a SAM step when (k + 1) is a multiple of it; the others are plain steps of

@@ -1,8 +1,8 @@
 """FusedSAM's options: those in the param groups, those beside them, and the check of each.
 
 A keyword of FusedSAM is said in four places: in the overloads of `FusedSAM.__init__`, in their docstring, in the tables
-of checks here, and as a property in wrapper.py. Two are in no table: backends/ checks ``backend``, and
-``flatten_parameters`` counts as true or false.
+of checks here, and as a property in wrapper.py. Two are in no table, and stay as given: ``backend``, which backends/
+checks, and ``flatten_parameters``, which counts as true or false.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backends: norm, perturb and restore of one bucket, four files of one signature. This module picks one.
+"""Backends: norm, perturb and restore of one bucket, five files of one signature. This module picks one.
 
 A backend module offers what `Backend` names, and may have an ``obstacle()`` that says why what could be imported cannot
 serve here. A backend knows buckets and the scalars of a device. It knows nothing of optimizers or of other backends.
