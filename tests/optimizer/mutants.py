@@ -622,8 +622,8 @@ MUTANTS = (
     Mutant(
         "plain state dicts lose the options",
         WRAPPER,
-        "            for key, value in options.items():\n                group.setdefault(key, value)\n        self._steps",
-        "        self._steps",
+        "            for key, value in options.items():\n                group.setdefault(key, value)\n",
+        "",
         "test_checkpoint.py::test_plain_state_dicts_both_ways",
     ),
     Mutant(
@@ -1091,8 +1091,8 @@ MUTANTS = (
     Mutant(
         "an option given is what was left over",
         ARGUMENTS,
-        "            group[key] = value\n    if replaced",
-        "            pass\n    if replaced",
+        "[{**group, **wins} if COUNTER in group else group for group in groups]",
+        "groups",
         "test_api.py::test_given_options_win_over_left_over_ones",
     ),
     Mutant(
@@ -1101,6 +1101,55 @@ MUTANTS = (
         "    if replaced:\n",
         "    if False:\n",
         "test_api.py::test_given_options_win_over_left_over_ones",
+    ),
+    Mutant(
+        "what is kept goes unsaid",
+        ARGUMENTS,
+        "    if kept:\n",
+        "    if False:\n",
+        "test_api.py::test_options_that_an_earlier_one_left_stay_and_it_says_so_once",
+    ),
+    Mutant(
+        "what is refused leaves its options",
+        OPTIONS,
+        "complete_group(dict(group), options, steps) for group in groups",
+        "complete_group(group, options, steps) for group in groups",
+        "test_api.py::test_a_call_that_was_refused_leaves_no_options",
+    ),
+    Mutant(
+        "complex parameters are refused where they are left out",
+        OPTIONS,
+        'if p.requires_grad and groups[i]["perturb"]:',
+        "if p.requires_grad:",
+        "test_perturb.py::test_complex_parameters_may_be_left_out",
+    ),
+    Mutant(
+        "a step that needs its closure is taken",
+        ARGUMENTS,
+        "    if needed:\n",
+        "    if False:\n",
+        "test_errors.py::test_base_optimizers_whose_step_needs_an_argument",
+    ),
+    Mutant(
+        "a shallow copy copies the base",
+        WRAPPER,
+        "return self._fill(type(self).__new__(type(self)), self.__getstate__())",
+        "return copy.deepcopy(self)",
+        "test_checkpoint.py::test_a_shallow_copy_is_another_one_around_the_same_base",
+    ),
+    Mutant(
+        "a base that is loaded loses the options",
+        WRAPPER,
+        "        around_load(self.base_optimizer, self._own_options, self._keep_options)\n",
+        "",
+        "test_checkpoint.py::test_a_state_dict_loaded_past_fused_sam_keeps_the_options_that_it_lacks",
+    ),
+    Mutant(
+        "a copy brings the hooks' FusedSAM along",
+        HOOKS,
+        "        return dict.fromkeys(vars(self), _nobody)",
+        "        return vars(self)",
+        "test_hooks.py::test_a_copy_that_brings_its_hooks_steps_its_own",
     ),
     Mutant(
         "frozen parameters have momentum",
@@ -1168,7 +1217,7 @@ MUTANTS = (
     Mutant(
         "hooks stay for ever",
         HOOKS,
-        "            weakref.finalize(cast(Any, before).__self__, handle.remove).atexit = False",
+        "            weakref.finalize(around.sam, handle.remove).atexit = False",
         "            pass",
         "test_hooks.py::test_wrapping_a_base_again_and_again",
     ),
@@ -1294,8 +1343,8 @@ MUTANTS = (
     Mutant(
         "a group that came past is not checked",
         WRAPPER,
-        "                check_group(groups, i)\n\n",
-        "\n",
+        "            complete = complete_groups(groups, {key: self.defaults[key] for key in OPTIONS}, steps)\n",
+        "            complete = [complete_group(dict(g), self.defaults, steps) for g in groups]\n",
         "test_errors.py::test_a_parameter_that_came_past_the_class_is_checked",
     ),
     Mutant(
@@ -1343,9 +1392,9 @@ MUTANTS = (
     Mutant(
         "what came past is not complete when loading",
         WRAPPER,
-        "        self._complete_groups()\n        before =",
-        "        before =",
-        "test_checkpoint.py::test_plain_state_dict_loaded_past_fused_sam",
+        "        self._complete_groups()\n        check_settings(",
+        "        check_settings(",
+        "test_checkpoint.py::test_a_plain_state_dict_for_a_group_that_came_past_fused_sam",
     ),
     Mutant(
         "other settings go unsaid",
@@ -1364,8 +1413,8 @@ MUTANTS = (
     Mutant(
         "a tensor rho wants a saved one",
         WRAPPER,
-        'isinstance(rho := options["rho"], Tensor) and "rho" in group',
-        'isinstance(rho := options["rho"], Tensor)',
+        'isinstance(rho := options.get("rho"), Tensor) and "rho" in group',
+        'isinstance(rho := options.get("rho"), Tensor)',
         "test_checkpoint.py::test_tensor_rho_keeps_its_identity",
     ),
     Mutant(
@@ -1539,29 +1588,29 @@ MUTANTS = (
     Mutant(
         "a step that torch does not call hooks around",
         HOOKS,
-        'if getattr(type(base).step, "hooked", False):',
-        'if hasattr(base, "_optimizer_step_pre_hooks"):',
+        'getattr(type(base).step, "hooked", False)',
+        'hasattr(base, "_optimizer_step_pre_hooks")',
         "test_misuse.py::test_an_optimizer_without_hooks_is_watched_too",
     ),
     Mutant(
         "step is patched again and again",
         HOOKS,
-        "if not isinstance(step, _Step) or step.base() is not base:",
+        "if not isinstance(method, _Method) or method.base() is not base:",
         "if True:",
         "test_hooks.py::test_wrapping_a_base_again_and_again",
     ),
     Mutant(
         "a copy keeps the original's patched step",
         HOOKS,
-        "if not isinstance(step, _Step) or step.base() is not base:",
-        "if not isinstance(step, _Step):",
+        "if not isinstance(method, _Method) or method.base() is not base:",
+        "if not isinstance(method, _Method):",
         "test_hooks.py::test_a_copy_clears_and_steps_its_own",
     ),
     Mutant(
         "the dead stay around a patched step",
         HOOKS,
-        "*(other for other in step.around if other.alive)",
-        "*step.around",
+        "*(other for other in method.around if other.sam is not None)",
+        "*method.around",
         "test_hooks.py::test_wrapping_a_base_again_and_again",
     ),
     Mutant(

@@ -155,6 +155,14 @@ def test_a_state_dict_loaded_past_fused_sam_keeps_the_options_that_it_lacks(base
     sam.restore()
 
 
+def test_a_plain_state_dict_for_a_group_that_came_past_fused_sam():
+    first, _, second = make_model()
+    sam = FusedSAM(first.parameters(), torch.optim.SGD, lr=0.1, rho=0.3)
+    sam.base_optimizer.add_param_group({"params": list(second.parameters())})
+    sam.load_state_dict(torch.optim.SGD([{"params": list(m.parameters())} for m in (first, second)]).state_dict())
+    assert [(group["rho"], group["sam_step"], group["lr"]) for group in sam.param_groups] == [(0.3, 0, 0.001)] * 2
+
+
 @pytest.mark.parametrize("mid_step", [False, True])
 def test_state_dict_of_pytorch_optimizers_sam(mid_step):
     model, twin = make_model(), make_model()
