@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsam.distributed import is_dtensor, local
 
-__all__ = ["ClearingWatch", "PlainStep", "StaleGradients", "Uncleared"]
+__all__ = ["ClearingWatch", "LeftGradients", "StaleGradients"]
 
 
 class StaleGradients:
@@ -31,11 +31,6 @@ class StaleGradients:
             if (g := p.grad) is not None:
                 setattr(g, name, g._version if type(g) is Tensor else _version(g))
 
-    def writes(self, p: Tensor) -> int | None:
-        """How often the gradient of p was written to since it was marked; None where it is another one, or gone."""
-        marked: int | None = getattr(p.grad, self._name, None)
-        return None if p.grad is None or marked is None else _version(p.grad) - marked
-
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
         return any(getattr(g, self._name, None) != _version(g) for p in params if (g := p.grad) is not None)
@@ -46,68 +41,59 @@ def _version(g: Tensor) -> int:
     return g._version + local(g)._version if is_dtensor(g) else g._version
 
 
-class PlainStep:
-    """A plain step that `first_step` has announced: no second gradient may add to its only one.
+class LeftGradients:
+    """The gradients that `first_step` left: the coming backward must not add to them nor, after an ascent, be missing.
 
     Args:
-        params: the parameters. One that has a gradient is watched.
+        params: the parameters. The first and the last that have a gradient and may get another one are looked at.
 
     Attributes:
-        doubled: a second gradient was added.
-    """
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self.doubled = False
-        self._grad: Tensor | None = None
-        self._handle = None
-        for p in params:
-            if p.grad is not None and p.requires_grad and p.is_leaf:
-                self._grad = p.grad
-                # Not by its version, which clipping and unscaling change too.
-                self._handle = p.register_post_accumulate_grad_hook(self._see)  # type: ignore[no-untyped-call]
-                return
-
-    def _see(self, p: Tensor) -> None:
-        self.doubled |= p.grad is self._grad
-
-    def forgive(self) -> None:
-        """The gradients were cleared: what comes next is the only one again."""
-        self._grad = None
-        self.doubled = False
-
-    def end(self) -> None:
-        """Stops watching."""
-        if self._handle is not None:
-            self._handle.remove()
-
-
-class Uncleared:
-    """Gradients at w that `first_step` did not clear: the second backward must not be missing, nor add to them.
-
-    Args:
-        params: all of the optimizer's. The first and the last that have a gradient are watched.
+        added_to: whether a backward added to them.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
-        self._marks = StaleGradients()
-        self._params: list[Tensor] = []
-        if _reducers_replace_gradients():
-            return
-        first = next((p for p in params if p.grad is not None), None)
-        last = next((p for p in reversed(params) if p.grad is not None), None)
-        self._params = [p for p in (first, last) if p is not None]
-        self._marks.mark(self._params)
+        self.added_to = False
+        self._left: list[tuple[Tensor, Tensor, int]] = []
+        self._handle = None
+        for ordered in (params, reversed(params)):
+            for p in ordered:
+                if (g := p.grad) is not None and p.requires_grad and p.is_leaf:
+                    self._left.append((p, g, g._version if type(g) is Tensor else _version(g)))
+                    break
+        if self._left:
+            # The last one's, which a backward mostly computes first: under DistributedDataParallel's
+            # gradient_as_bucket_view the gradients of a bucket have one version.
+            self._handle = self._left[-1][0].register_post_accumulate_grad_hook(self._see)  # type: ignore[no-untyped-call]
 
     @property
-    def writes(self) -> set[int | None]:
-        """How often they were written to since; None stands for another gradient."""
-        return set(map(self._marks.writes, self._params))
+    def there(self) -> bool:
+        """Whether they still are."""
+        return any(p.grad is g for p, g, _ in self._left)
+
+    @property
+    def touched(self) -> set[bool]:
+        """Whether those that are looked at were written to or replaced: one answer, or both; none after a clearing."""
+        return {p.grad is not g or _version(g) != version for p, g, version in self._left}
+
+    def _see(self, p: Tensor) -> None:
+        """A backward wrote a gradient."""
+        if self._left and not self.added_to:
+            _, g, version = self._left[-1]
+            # Another write before this one may have cleared the gradient in place, as a module's zero_grad does.
+            if p.grad is g and _version(g) == version + 1:
+                self.added_to = True
+            else:
+                self.forgive()
 
     def forgive(self) -> None:
-        """The gradients were cleared."""
-        self._params = []
+        """The gradients were cleared: what comes next is none of theirs."""
+        self._left = []
+        self.added_to = False
 
-    end = forgive
+    def end(self) -> None:
+        """Stops looking."""
+        if self._handle is not None:
+            self._handle.remove()
 
 
 class ClearingWatch:

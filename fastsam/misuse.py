@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,14 +13,13 @@ from torch.optim import Optimizer
 
 from fastsam.device import capturing
 from fastsam.direction import keeps_other_state
-from fastsam.freshness import PlainStep, Uncleared
-from fastsam.notices import tell_once
+from fastsam.notices import tell_once, warn
 from fastsam.state import Phase, State
 
 __all__ = [
     "around",
     "check_lost",
-    "check_momentum",
+    "check_no_momentum",
     "check_process_group",
     "check_second_pass",
     "check_shared",
@@ -29,6 +27,7 @@ __all__ = [
     "register",
     "restore_left_perturbed",
     "restore_unfinished",
+    "tell_gradient_at_w",
     "tell_without_ascent",
 ]
 
@@ -94,16 +93,17 @@ def restore_unfinished(state: State, what: str = "a FusedSAM was deleted") -> No
     else:  # an interrupt cut perturb short: who has written since can't be told
         state.perturbation.restore()
     state.phase = Phase.AT_W
-    warnings.warn(
+    warn(
         f"{what} while the weights were perturbed (w + e_w), as an interrupted loop does: they are restored"
         + (", except those that something else has written to since, which stay as written" if written else "")
-        + ". `with sam:` around the loop restores by itself",
-        stacklevel=3,
+        + ". `with sam:` around the loop restores by itself"
     )
 
 
 def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
-    """Of a FusedSAM that nobody holds any more, or at the end of the process: says so where SAM never ran.
+    """Of a FusedSAM that nobody holds any more, or at the end of the process: says so where `start` never came.
+
+    Where the run is shorter than the interval, as a quick try is, SAM was not due.
 
     Args:
         state: of the FusedSAM.
@@ -111,48 +111,48 @@ def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
     """
     start, interval, steps = settings["start"], settings["interval"], settings["steps"]
     if (
-        not steps
+        steps < interval
         or state.perturbation.buckets
         or any((k + 1) % interval == 0 for k in range(start, min(steps, start + interval)))
     ):
         return
-    warnings.warn(
+    warn(
         f"FusedSAM ended after {steps} steps without one SAM step: start={start} and interval={interval} left all of "
-        "them plain. start counts optimizer steps: is it computed from their number?",
-        stacklevel=2,
+        "them plain. start counts optimizer steps: is it computed from their number?"
     )
 
 
 def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
     """Looks at what a loop in two calls did between them."""
-    if isinstance(state.between, PlainStep) and state.between.doubled:
+    left, perturbed = state.between, state.perturbed
+    if left is not None and left.added_to and not perturbed:
         raise RuntimeError(
             "a second gradient was added to that of a plain step, which first_step() had announced by returning "
             "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
             "sam.is_sam_step before the second pass"
         )
     only_pass = not state.direction.two_passes
-    if (state.perturbed or only_pass) and all(p.grad is None for group in groups for p in group["params"]):
+    if (perturbed or only_pass) and all(p.grad is None for group in groups for p in group["params"]):
         tell_once(
             "no second gradient",
             "second_step() found no gradient, so the base optimizer has nothing to step by: after "
             "first_step(zero_grad=True) compute the loss and call backward() "
             + ("whatever it returned, with direction='momentum'" if only_pass else "again, at w + e_w"),
         )
-    writes = state.between.writes if isinstance(state.between, Uncleared) else set()
-    if writes == {0}:
+    touched = left.touched if perturbed and left is not None else set()
+    if touched == {False}:
         tell_once(
             "gradients at w",
             "second_step() found the very gradients that first_step() had climbed by, so this step is the base "
             "optimizer's own: after first_step(zero_grad=True) compute the loss and call backward() again, at w + e_w",
         )
-    elif writes == {1}:
+    elif touched == {True} and left is not None and left.added_to:  # else the second backward reached a part
         tell_once(
             "summed gradients",
             "the gradients at w were not cleared, so those at w + e_w were added to them and the base optimizer steps "
             "by the sum: call first_step(zero_grad=True), or zero_grad() before the second backward()",
         )
-    if state.perturbed and state.perturbation.all_written():
+    if perturbed and state.perturbation.all_written():
         tell_once(
             "written",
             "all weights were written to between first_step() and second_step(), as load_state_dict() does; "
@@ -193,25 +193,28 @@ def check_process_group(lost: Collection[str]) -> None:
         )
 
 
-def check_momentum(state: State, base: Optimizer, params: Callable[[], list[Tensor]], steps: int, there: bool) -> None:
-    """Looks at a step along the momentum, which is or isn't there: it must not stay plain in silence."""
+def tell_gradient_at_w(state: State, params: Callable[[], list[Tensor]], steps: int, climbed: bool) -> None:
+    """Looks at the first step along the momentum, and at the first that climbs: neither has a gradient at w."""
+    if (climbed or not steps) and state.stale.any_fresh(params()):
+        tell_once(
+            "a gradient at w",
+            "direction='momentum' needs no gradient at w, but a backward ran before first_step() or step(closure): "
+            "leave it out, and compute the only gradient of a step after first_step(), or in the closure",
+        )
+    state.examined = climbed
+
+
+def check_no_momentum(base: Optimizer, params: list[Tensor], steps: int) -> None:
+    """Looks at a step along the momentum where there is none: it must not stay plain in silence."""
     name = type(base).__name__
-    if there:
-        if not state.examined and state.stale.any_fresh(params()):
-            tell_once(
-                "a gradient at w",
-                "direction='momentum' needs no gradient at w, but a backward ran before first_step() or "
-                "step(closure): leave it out, and compute the only gradient of a step at w + e_w",
-            )
-        state.examined = True
-    elif keeps_other_state(base, params()):
+    if keeps_other_state(base, params):
         raise RuntimeError(
             f"direction='momentum' finds neither momentum_buffer nor exp_avg in the state of {name}: use "
             "torch.optim.SGD(..., momentum=0.9), Adam or AdamW as the base optimizer, or direction='gradient'"
         )
-    elif any(map(capturing, {p.device for p in params()})):
+    if any(map(capturing, {p.device for p in params})):
         raise RuntimeError("there is no momentum yet, and a CUDA graph is being captured: take a step before")
-    elif steps > 0:
+    if steps > 0:
         tell_once(
             "no momentum",
             f"direction='momentum' finds no momentum yet, after {steps} steps, so this one is plain. That is "

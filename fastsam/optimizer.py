@@ -22,7 +22,7 @@ from fastsam.checkpoint import is_state_initialisation
 from fastsam.closures import Closure, Passes
 from fastsam.direction import DIRECTIONS
 from fastsam.distributed import ProcessGroup
-from fastsam.freshness import ClearingWatch, PlainStep, Uncleared
+from fastsam.freshness import ClearingWatch, LeftGradients
 from fastsam.hooks import after_zero_grad, around_step
 from fastsam.notices import tell_once
 from fastsam.options import SETTINGS, UNPICKLED, check_one_pass
@@ -234,12 +234,13 @@ class FusedSAM(OptimizerWrapper):
         """Saves w and climbs: w <- w + e_w, by the gradients that are there, or by the momentum.
 
         Args:
-            zero_grad: clear the gradients afterwards.
+            zero_grad: clear the gradients afterwards, where it returns True.
 
         Returns:
             True; or False on a plain step, as `start` and `interval` say. Then nothing happened, the gradients are
             kept, and `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the
-            first. With direction="momentum" the step's only gradient comes after this call, whatever it returns.
+            first. With direction="momentum" the step's only gradient comes after this call, whatever it returns, and
+            zero_grad clears the gradients on a plain step too.
 
         Raises:
             RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it; or the
@@ -250,20 +251,22 @@ class FusedSAM(OptimizerWrapper):
         self._require_idle("first_step()")
         self._complete_groups()
         state = self._state
+        two_passes = state.direction.two_passes
         self._end_between()
         state.perturbed_loss = None
         try:
             climbed = self.is_sam_step and self._perturb()
-            if climbed and zero_grad:
+            if not (two_passes or state.examined):
+                misuse.tell_gradient_at_w(state, self._parameters, self._steps, climbed)
+            if zero_grad and (climbed or not two_passes):
                 self.zero_grad()
         except BaseException:
             self._restore()
             raise
         if not climbed:
             self._rehearse()
-            state.between = PlainStep(self._parameters() if state.direction.two_passes else ())
-        elif not zero_grad and state.direction.two_passes:
-            state.between = Uncleared(self._parameters())
+        if not climbed or (two_passes and not zero_grad):
+            state.between = LeftGradients(self._parameters() if two_passes else [])
         return climbed
 
     @disable_dynamo
@@ -297,7 +300,8 @@ class FusedSAM(OptimizerWrapper):
             closure: clears the gradients, computes the loss, calls backward and returns the loss. When gradients were
                 computed since the last step they are taken for those at w, and the closure runs once, at w + e_w;
                 otherwise it runs twice (`closure_passes` says which, whatever is there). On a plain step it runs once,
-                or not at all. The gradients are cleared between the passes. After `first_step` it runs once.
+                or not at all. The gradients are cleared between the passes; with direction="momentum", before the only
+                one. After `first_step` it runs once.
 
         Returns:
             The loss at w, where the closure computed it; else None. That at w + e_w with direction="momentum".
@@ -370,12 +374,15 @@ class FusedSAM(OptimizerWrapper):
 
     @disable_dynamo
     def restore(self) -> None:
-        """Back to w, bit for bit, without a step; nothing to do when not perturbed.
+        """Back to w, bit for bit, without a step; nothing to do where `first_step` has begun none.
 
-        The interrupted step ends here and is not counted. Call it before saving a model in a signal handler.
+        The interrupted step, a plain one too, ends here and is not counted, and its gradients are done with: before the
+        next backward adds to them, `zero_grad` clears them. Call it before saving a model in a signal handler.
         """
-        if self._state.phase is not Phase.AT_W:
+        state = self._state
+        if state.phase is not Phase.AT_W or state.between is not None:
             self._restore()
+            self._end_between()
             self._mark_stale()
 
     def __enter__(self) -> FusedSAM:
@@ -391,8 +398,7 @@ class FusedSAM(OptimizerWrapper):
     def _finish(self, passes: Passes | None) -> None:
         """The end of a step in two calls: the gradients that are there are those to step by."""
         state = self._state
-        announced = isinstance(state.between, PlainStep)
-        if not state.perturbed and self.is_sam_step and (state.direction.two_passes or not announced):
+        if not state.perturbed and self.is_sam_step and (state.direction.two_passes or state.between is None):
             raise RuntimeError(
                 "the weights are not perturbed, so there is nothing to step from: call first_step() and compute the "
                 "gradients again before step() or second_step(), or pass step() a closure"
@@ -434,6 +440,8 @@ class FusedSAM(OptimizerWrapper):
                     return None, False
             self._perturb()
             self.zero_grad()
+        elif self._state.between is not None and self._state.between.there:  # first_step left them
+            self.zero_grad()
         loss_above = self._call_watched(passes.above) if closure_is_above else self._call(passes.above)
         self._check_still_perturbed()
         return loss, not (passes.by_trainer and loss_above is None)
@@ -449,10 +457,14 @@ class FusedSAM(OptimizerWrapper):
     def _run_along_momentum(self, passes: Passes) -> tuple[Any, bool]:
         """As `_run`, where the closure runs once: at w + e_w, or on a plain step at w."""
         check_one_pass(self.closure_passes, self.first_pass_context)
-        climbed = self._state.perturbed
-        if not climbed and self.is_sam_step and self._perturb():
-            climbed = True
-            self.zero_grad()  # those at w, of a loop that was written for SAM
+        state = self._state
+        climbed = state.perturbed
+        if not climbed:
+            climbed = self.is_sam_step and self._perturb()
+            if climbed or state.between is None:  # else first_step looked, and was told whether to clear
+                if not state.examined:
+                    misuse.tell_gradient_at_w(state, self._parameters, self._steps, climbed)
+                self.zero_grad()  # those at w, of a loop that was written for SAM
         loss = self._call(passes.plain)
         if climbed:
             self._check_still_perturbed()
@@ -474,7 +486,9 @@ class FusedSAM(OptimizerWrapper):
         """Whether a closure is to find the gradients at w, and not to compute them."""
         if self.closure_passes == "two":
             return False
-        fresh = self._state.stale.any_fresh(self._parameters())
+        # An auxiliary loss of a group that is left out gives no gradient to climb by, nor that of a plain step.
+        perturbed = [p for group in self.param_groups if group["perturb"] for p in group["params"]]
+        fresh = self._state.stale.any_fresh(perturbed or self._parameters())
         if not fresh and self.closure_passes == "one":
             raise RuntimeError(
                 "closure_passes='one' takes the gradients at w that are there, but no backward has written any since "
@@ -536,11 +550,10 @@ class FusedSAM(OptimizerWrapper):
         finally:
             if not there:
                 perturbation.release()
-        if not state.direction.two_passes:
-            misuse.check_momentum(state, self.base_optimizer, self._parameters, self._steps, there)
-        elif not there:
-            raise no_gradient_error(self.param_groups)
         if not there:
+            if state.direction.two_passes:
+                raise no_gradient_error(self.param_groups)
+            misuse.check_no_momentum(self.base_optimizer, self._parameters(), self._steps)
             return False
         perturbation.loss_scale = amp.loss_scale(self.grad_scaler) if state.direction.two_passes else None
         # Before the first write: from here on a failure, or a signal handler that calls restore(), finds what to do.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsam.direction import Direction
-from fastsam.freshness import ClearingWatch, PlainStep, StaleGradients, Uncleared
+from fastsam.freshness import ClearingWatch, LeftGradients, StaleGradients
 from fastsam.perturbation import Perturbation
 
 __all__ = ["Phase", "State"]
@@ -34,7 +34,7 @@ class State:
         phase: where the weights are. It is stored before and after every write to them.
         perturbation: the buckets, and the last ascent.
         stale: the gradients that are done with.
-        between: what is watched between `first_step` and `second_step`; a PlainStep where `first_step` returned False.
+        between: the gradients that `first_step` left; None where it cleared them, or where no step is under way.
         clearing: watches the closure that is running; None where nothing needs to be found out.
         examined: whether the first step was looked at whose gradients could be there by mistake.
         stepping: whether `step` is under way.
@@ -46,7 +46,7 @@ class State:
         self.phase = Phase.AT_W
         self.perturbation = Perturbation(backend, direction)
         self.stale = StaleGradients()
-        self.between: PlainStep | Uncleared | None = None
+        self.between: LeftGradients | None = None
         self.clearing: ClearingWatch | None = None
         self.examined = False
         self.stepping = False

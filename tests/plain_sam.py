@@ -71,6 +71,7 @@ class PlainBase:
         for sam in self.sams:
             sam.mark()
             sam.announced = None
+            sam.left = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
@@ -78,6 +79,7 @@ class PlainBase:
             sam.mark()
             if sam.announced is not None:
                 sam.announced = {}
+            sam.left = []
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(group)
@@ -118,6 +120,7 @@ class PlainSAM:
             group.update(self.options)
         self.saved: dict[Tensor, tuple[Tensor, int]] | None = None
         self.announced: dict[Tensor, tuple[Tensor, int]] | None = None  # a plain step, by these gradients
+        self.left: list[tuple[Tensor, Tensor, int]] = []  # first and last gradient that an ascent left: p, it, version
         self.norm: float | None = None
         self.perturbed_loss: Tensor | None = None
         self.pre_hooks: Hooks = OrderedDict()
@@ -161,7 +164,9 @@ class PlainSAM:
 
     def fresh(self) -> bool:
         """Whether a gradient is another object, or was written to, since the last mark."""
-        return any(not same(self.known.get(p), now) for p, now in versions(self.base.params()).items())
+        perturbed = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"]]
+        now = versions(perturbed or self.base.params())
+        return any(not same(self.known.get(p), grad) for p, grad in now.items())
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -216,13 +221,31 @@ class PlainSAM:
         self.require_idle()
         self.complete_groups()
         self.perturbed_loss = None
+        self.left, self.announced = [], None
         if self.is_sam_step and self.climb():
             if zero_grad:
                 self.zero_grad()
+            elif self.direction == "gradient":
+                self.leave()
             return True
         self.directions()  # what an ascent would refuse is better met now
         self.announced = versions(self.base.params()) if self.direction == "gradient" else {}
+        if zero_grad and self.direction == "momentum":
+            self.zero_grad()
         return False
+
+    def leave(self) -> None:
+        """Remembers the gradients that are there, until a backward finds that they were cleared in place."""
+        found = [(p, g, g._version) for p in self.base.params() if (g := p.grad) is not None and p.requires_grad]
+        self.left = left = found[:1] + found[-1:]
+
+        def see(p: Tensor) -> None:
+            handle.remove()
+            if self.left is left and (p.grad is not left[1][1] or p.grad._version != left[1][2] + 1):
+                self.left = []
+
+        if left:
+            handle = left[1][0].register_post_accumulate_grad_hook(see)
 
     def second_step(self, zero_grad: bool = False) -> None:
         self.step() if self.grad_scaler is None else self.scaler_step(self.grad_scaler)
@@ -245,6 +268,7 @@ class PlainSAM:
             raise
         finally:
             self.announced = None
+            self.left = []
 
     def whole_step(self, closure: Callable[[], Tensor] | None, by: Any) -> Tensor | None:
         loss = None
@@ -257,7 +281,7 @@ class PlainSAM:
             if self.announced and any(p.grad is not g or g._version != v for p, (g, v) in self.announced.items()):
                 self.company.may_refuse()  # a second gradient was added to that of a plain step, or seems to be
         elif self.direction == "momentum":
-            if self.saved is None and self.is_sam_step and self.climb():
+            if self.saved is None and ((self.is_sam_step and self.climb()) or self.announced is None):
                 self.zero_grad()
             climbed = self.saved is not None
             loss = self.call(closure)
@@ -272,6 +296,8 @@ class PlainSAM:
                 if is_sam_step:
                     self.climb()
                     self.zero_grad()
+            elif any(p.grad is g for p, g, _ in self.left):
+                self.zero_grad()
             if self.saved is not None:
                 watched = taken and self.closure_passes == "auto" and not self.examined
                 self.examined |= watched
@@ -307,9 +333,11 @@ class PlainSAM:
         return self.closure_passes != "two" and self.fresh()
 
     def restore(self) -> None:
-        if self.saved is not None:
+        if self.saved is not None or self.announced is not None:
             self.back()
             self.mark()
+            self.announced = None
+        self.left = []
 
     @torch.no_grad()
     def back(self) -> None:
@@ -390,7 +418,7 @@ class PlainSAM:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: no hooks, and nothing about the gradients, which stay with the original."""
         self.require_idle()
-        left = {"known": {}, "announced": None, "examined": False, "perturbed_loss": None}
+        left = {"known": {}, "announced": None, "left": [], "examined": False, "perturbed_loss": None}
         return {**vars(self), **left, "pre_hooks": OrderedDict(), "post_hooks": OrderedDict()}
 
     def require_idle(self) -> None:

@@ -224,6 +224,28 @@ def test_step_with_a_closure_ends_what_first_step_began(problem):
     assert not problem.sam.perturbed
 
 
+@pytest.mark.parametrize("cleared", ["by nobody", "by sam", "by the model", "in place"])
+def test_after_first_step_too_the_gradients_at_w_are_cleared(backend, cleared):
+    """Those that first_step left; a micro-batch at w + e_w that came after a clearing stays."""
+    a, b = Problem(backend=backend), Problem(backend=backend)
+    for problem in (a, b):
+        problem.backward()
+    a.sam.first_step()
+    b.sam.first_step(zero_grad=True)
+    if cleared != "by nobody":
+        {
+            "by sam": a.sam.zero_grad,
+            "by the model": a.model.zero_grad,
+            "in place": functools.partial(a.model.zero_grad, set_to_none=False),
+        }[cleared]()
+        for problem in (a, b):
+            problem.backward()
+    a.sam.step(a.backward)
+    b.backward()
+    b.sam.second_step()
+    assert same_bits(a.weights(), b.weights())
+
+
 def test_a_closure_without_gradients_is_an_error(problem):
     before = problem.weights()
     with pytest.raises(RuntimeError, match="no parameter has a gradient"):

@@ -304,6 +304,37 @@ def test_the_stand_in_is_no_gradient(backend):
     assert not torch.equal(model["b"].detach(), torch.ones(3))
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_gradient_of_a_group_that_is_left_out_is_not_the_one_at_w(backend, interval):
+    """As of an auxiliary loss."""
+    model = nn.ParameterDict({"head": nn.Parameter(torch.ones(2)), "body": nn.Parameter(torch.ones(2))})
+    groups = [{"params": [model["head"]]}, {"params": [model["body"]], "perturb": False}]
+    sam = FusedSAM(groups, torch.optim.SGD, lr=LR, interval=interval, backend=backend)
+    passes = []
+
+    def closure():
+        passes.append(sam.perturbed)
+        sam.zero_grad()
+        (model["head"] * model["body"]).sum().square().backward()
+
+    model["body"].square().sum().backward()
+    sam.step(closure)
+    assert passes == [False, True][: 3 - interval]
+
+
+def test_where_all_groups_are_left_out_theirs_is_the_gradient_of_a_plain_step(backend):
+    task, hand = Task(), ByHand()
+    sam = wrap(task, backend, "auto", interval=3)
+    sam.step(task.closure(0, "optimizer"))
+    hand.plain_step(0)
+    sam.param_groups[0]["perturb"] = False
+    task.base.zero_grad()
+    task.backward(1)
+    assert sam.step(task.closure(1, clear=None)) is None
+    hand.plain_step(1)
+    assert_same_weights(task, hand)
+
+
 @pytest.mark.parametrize("value", ["three", None, 1])
 def test_an_unknown_word_is_an_error(value):
     with pytest.raises(ValueError, match="closure_passes must be one of 'auto', 'one', 'two', but got"):

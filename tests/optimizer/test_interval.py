@@ -149,6 +149,34 @@ def test_a_step_that_raised_or_was_given_up_is_not_counted():
     assert two_calls(model, sam, 3) == "plain"
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("by", ["restore", "with"])
+@pytest.mark.parametrize("k", [0, 1], ids=["plain step", "SAM step"])
+def test_a_batch_that_is_skipped_after_first_step_leaves_nothing(backend, form, by, k):
+    """`sam.restore(); sam.zero_grad(); continue`, in docs/switching.md; in a closure the clearing may be left out."""
+    model, sam = make(backend, 2)
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    plain = PlainSAM(twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), 0.5, interval=2)
+    for i in range(k):
+        form(model, sam, i)
+        plain.train(lambda i=i: loss_of(twin, i))
+    backward(model, 9)
+    if by == "with":
+        with sam:
+            sam.first_step(zero_grad=True)
+    else:
+        sam.first_step(zero_grad=True)
+        sam.restore()
+    if form is not closure:
+        sam.zero_grad()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    for i in range(k, 4):
+        form(model, sam, i)
+        plain.train(lambda i=i: loss_of(twin, i))
+        torch.testing.assert_close(weights(model), weights(twin), rtol=1e-5, atol=1e-6)
+
+
 def test_a_group_that_comes_later_keeps_the_count():
     model, sam = make(None, 2)
     two_calls(model, sam, 0)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import linecache
 import sys
 import threading
 import warnings
@@ -68,7 +69,17 @@ def test_a_second_gradient_on_a_plain_step_is_an_error(backend, end, between):
     assert sam.param_groups[0]["sam_step"] == 0
 
 
-@pytest.mark.parametrize("between", ["nothing", "clip", "sam.zero_grad", "sam.zero_grad False", "model.zero_grad"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        "nothing",
+        "clip",
+        "sam.zero_grad",
+        "sam.zero_grad False",
+        "model.zero_grad",
+        "model.zero_grad False",
+    ],
+)
 def test_what_is_no_second_gradient(backend, between):
     """One gradient, however it is written to, or another one in its place."""
     (model, sam), (other, plain) = make(backend, interval=2), make(backend)
@@ -82,19 +93,20 @@ def test_what_is_no_second_gradient(backend, between):
             backward(m)  # a second one, but it is cleared with the first
             optimizer.zero_grad(set_to_none=not between.endswith("False"))
             backward(m)
-        elif between == "model.zero_grad":
-            m.zero_grad()
+        elif between.startswith("model.zero_grad"):
+            m.zero_grad(set_to_none=not between.endswith("False"))
             backward(m)
     sam.second_step()
     plain.base_optimizer.step()
     assert same_bits(copies(model.parameters()), copies(other.parameters()))
 
 
-def test_a_frozen_parameter_is_not_watched(backend):
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_is_not_watched(backend, frozen):
     """Its gradient is from before."""
     model, sam = make(backend, interval=2)
     backward(model)
-    model.weight.requires_grad_(False)
+    getattr(model, frozen).requires_grad_(False)
     assert not sam.first_step()
     backward(model)
     with pytest.raises(RuntimeError, match=SECOND_GRADIENT):
@@ -113,7 +125,7 @@ def test_micro_batches_before_first_step_are_no_second_gradient(backend):
     assert sam.param_groups[0]["sam_step"] == 4
 
 
-@pytest.mark.parametrize("end", ["second_step", "a failure", "the base's step"])
+@pytest.mark.parametrize("end", ["second_step", "a failure", "the base's step", "restore"])
 def test_the_watch_ends_with_the_step(backend, end):
     """No hook stays on a parameter, whichever way the step ends."""
     model, sam = make(backend, interval=2)
@@ -125,7 +137,7 @@ def test_the_watch_ends_with_the_step(backend, end):
         with pytest.raises(ZeroDivisionError):
             sam.second_step()
     else:
-        sam.second_step() if end == "second_step" else sam.base_optimizer.step()
+        {"second_step": sam.second_step, "the base's step": sam.base_optimizer.step, "restore": sam.restore}[end]()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
@@ -313,16 +325,17 @@ def test_a_forgotten_second_backward_without_zero_grad_is_told_once(backend):
     assert same_bits(copies(model.parameters()), copies(other.parameters()))
 
 
-def test_summed_gradients_are_told_once(backend):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_summed_gradients_are_told_once(backend, micro_batches):
     """As in davda54/sam: without a clearing in between, the base optimizer steps by both gradients' sum."""
     (model, sam), (other, plain) = make(backend), make(backend)
     hand = PlainSAM(other, plain.base_optimizer, rho=0.5)
     with pytest.warns(UserWarning, match="the gradients at w were not cleared") as caught:
         for _ in range(2):
-            backward(model)
-            sam.first_step()
-            backward(model)
-            sam.second_step(zero_grad=True)
+            for half in range(2):
+                for _ in range(micro_batches):
+                    (loss_of(model) / micro_batches).backward()
+                sam.second_step(zero_grad=True) if half else sam.first_step()
             at_w = hand.gradients(loss_of(other))
             above = hand.gradients_above(lambda: loss_of(other), at_w)
             hand.step([a + b for a, b in zip(at_w, above, strict=True)])
@@ -342,8 +355,9 @@ CLEARINGS = {
 
 
 @pytest.mark.parametrize("clearing", CLEARINGS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("clip", [False, True])
-def test_every_clearing_between_the_calls_is_right_and_hears_nothing(backend, clearing, clip):
+def test_every_clearing_between_the_calls_is_right_and_hears_nothing(backend, clearing, clip, micro_batches):
     (model, sam), (other, plain) = make(backend), make(backend)
     hand = PlainSAM(other, plain.base_optimizer, rho=0.5)
     with warnings.catch_warnings():
@@ -352,7 +366,8 @@ def test_every_clearing_between_the_calls_is_right_and_hears_nothing(backend, cl
             backward(model)
             sam.first_step(zero_grad=clearing == "first_step")
             CLEARINGS[clearing](model, sam)
-            backward(model)
+            for _ in range(micro_batches):
+                (loss_of(model) / micro_batches).backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             sam.second_step(zero_grad=True)
@@ -587,6 +602,28 @@ def test_many_are_built_in_threads_while_others_step():
         sys.setswitchinterval(before)
     assert not failed
     assert len(alive) == 300
+
+
+# -- which line a warning names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", ["the call", "a scheduler", "collection"])
+def test_a_warning_names_the_line_of_the_loop(backend, through):
+    """Not one of fastsam's, nor of torch's around it."""
+    model, sam = make(backend)
+    if through == "a scheduler":  # it puts a function of torch's around sam.step, which second_step calls
+        torch.optim.lr_scheduler.StepLR(sam, 1)
+    backward(model)
+    sam.first_step()
+    with pytest.warns(UserWarning, match=r"very gradients|are restored") as caught:
+        if through == "collection":
+            del sam
+            line = "del sam"
+        else:
+            sam.second_step()
+            line = "sam.second_step()"
+    assert [warning.filename for warning in caught] == [__file__]
+    assert linecache.getline(__file__, caught[0].lineno).strip() == line
 
 
 # -- a FusedSAM that nobody finishes -----------------------------------------------------------------------------------

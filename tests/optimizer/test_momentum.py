@@ -407,6 +407,43 @@ def test_a_gradient_at_w_is_told(monkeypatch, form):
     torch.testing.assert_close(copies(model.parameters()), copies(hand.params))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"start": 2}, {"interval": 2}], ids=str)
+def test_a_loop_of_davda54_climbs_along_the_momentum(monkeypatch, backend, form, options):
+    """Its gradient at w is told of at the first step, plain or not, and is part of none."""
+    monkeypatch.setattr(notices, "told", set())
+    model, sam = make(backend, **options)
+    hand = ByHand(**options)
+    for k in range(STEPS):
+        loss_of(model, k + 50).backward()
+        with pytest.warns(UserWarning, match="needs no gradient at w") if k == 0 else warnings.catch_warnings():
+            if form is two_calls:
+                sam.first_step(zero_grad=True)
+                loss_of(model, k).backward()
+                sam.second_step(zero_grad=True)
+            else:
+                sam.step(lambda k=k: loss_of(model, k).backward())
+                sam.zero_grad()
+        hand.train(k)
+        torch.testing.assert_close(copies(model.parameters()), copies(hand.params), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("hears_nothing")
+def test_after_first_step_a_closure_adds_to_the_micro_batches_that_came_since(backend):
+    """On the first step, which has no momentum, as on the others; and hears nothing."""
+    model, sam = make(backend)
+    other, twin = make(backend)
+    for k in range(3):
+        assert sam.first_step() is twin.first_step() is (k > 0)
+        for m in (model, other):
+            loss_of(m, k).backward()
+        sam.step(lambda k=k: loss_of(model, k + 10).backward())
+        sam.zero_grad()
+        loss_of(other, k + 10).backward()
+        twin.second_step(zero_grad=True)
+        assert same_bits(copies(model.parameters()), copies(other.parameters()))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

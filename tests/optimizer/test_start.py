@@ -294,7 +294,7 @@ WITHOUT = "ended after {} steps without one SAM step: start={} and interval={}"
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("options", "steps"), [({"start": 100}, 3), ({"interval": 5}, 4)], ids=str)
+@pytest.mark.parametrize(("options", "steps"), [({"start": 100}, 3), ({"start": 4, "interval": 3}, 5)], ids=str)
 def test_a_training_without_one_sam_step_is_told(form, options, steps):
     """As of a start that was computed from the wrong number of steps."""
     model, sam = make(**options)
@@ -317,9 +317,17 @@ def silence():
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"), [({"start": 2}, 3), ({"interval": 3}, 3), ({"start": 3, "interval": 2}, 4), ({"start": 9}, 0)]
+    ("options", "steps"),
+    [
+        ({"start": 2}, 3),
+        ({"interval": 3}, 3),
+        ({"start": 3, "interval": 2}, 4),
+        ({"start": 9}, 0),
+        ({"interval": 10}, 3),
+        ({"start": 1, "interval": 10}, 9),
+    ],
 )
-def test_one_sam_step_is_enough_and_so_is_no_step(options, steps):
+def test_one_sam_step_is_enough_and_so_are_fewer_steps_than_the_interval(options, steps):
     model, sam = make(**options)
     for i in range(steps):
         two_calls(model, sam, i)
