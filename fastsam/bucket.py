@@ -443,35 +443,65 @@ def _or_else(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[
     return [w if g is None else g for g, w in zip(grads, weights, strict=True)]
 
 
+def _runs(t: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """How the elements of t lie in memory, in any order of the dimensions.
+
+    Returns:
+        How many lie side by side, without a gap; and the (stride, size) of each dimension that repeats such a run.
+    """
+    length, repeats = 1, []
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+        if stride == length:
+            length *= size
+        else:
+            repeats.append((stride, size))
+    return length, repeats
+
+
 def _is_dense(t: Tensor) -> bool:
     """Whether the elements of t fill a range of memory, in any order of the dimensions, without gap or overlap."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
+    return t.numel() == 0 or not _runs(t)[1]
 
 
 def _check_memory(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    ranges = []
+    """Raises where a parameter has no memory, or an element is there twice."""
+    spans, runs = [], []
     for p, name in zip(params, names, strict=True):
         if p.numel() == 0:
             continue
         if p.data_ptr() == 0:
             raise RuntimeError(f"{name} has no memory (device {p.device}); materialise it before the step")
-        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        length, repeats = _runs(p)
+        if repeats and repeats[0][0] < length:
             raise ValueError(
                 f"elements of {name} share memory (strides {p.stride()}); use a parameter of its own memory"
             )
-        if _is_dense(p):
-            ranges.append((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name))
-    ranges.sort()
-    for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
-        if start < end:
-            raise ValueError(
-                f"{name} and {other} share memory but are two parameters; tie them by using one nn.Parameter twice"
-            )
+        extent = length + sum(stride * (size - 1) for stride, size in repeats)
+        spans.append((p.data_ptr(), p.data_ptr() + extent * p.element_size()))
+        runs.append((p, length, repeats, name))
+    spans.sort()
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        _check_runs(runs)
+
+
+def _check_runs(runs: list[tuple[Tensor, int, list[tuple[int, int]], str]]) -> None:
+    """Raises where two parameters share an element: between the columns of one lie others, which are not shared."""
+    starts, lengths, owners = [], [], []
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        for i, (p, length, repeats, _) in enumerate(runs):
+            start = torch.tensor([p.data_ptr()])
+            for stride, size in repeats:
+                start = (start[:, None] + torch.arange(size) * (stride * p.element_size())).flatten()
+            starts.append(start)
+            lengths.append(torch.full_like(start, length * p.element_size()))
+            owners.append(torch.full_like(start, i))
+        start, order = torch.cat(starts).sort(stable=True)
+        shared = torch.nonzero(start[1:] < start[:-1] + torch.cat(lengths)[order[:-1]])
+        if not len(shared):
+            return
+        i = int(shared[0])
+        one, other = sorted(runs[slot][-1] for slot in torch.cat(owners)[order[i : i + 2]].tolist())
+    raise ValueError(f"{one} and {other} share memory but are two parameters; tie them by using one nn.Parameter twice")
 
 
 def _slots(pointers: Sequence[int], sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:

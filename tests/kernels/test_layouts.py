@@ -130,8 +130,15 @@ def test_gradients_with_a_graph(backend):
 
 @pytest.mark.parametrize(
     "views",
-    [lambda m: (m[:6], m[4:]), lambda m: (m, m[2:3]), lambda m: (m.view(2, 5), m)],
-    ids=["overlap", "inside", "reshaped"],
+    [
+        lambda m: (m[:6], m[4:]),
+        lambda m: (m, m[2:3]),
+        lambda m: (m.view(2, 5), m),
+        lambda m: (m, m.view(2, 5)[:, :2]),
+        lambda m: (m.view(2, 5)[:, :3], m.view(2, 5)[:, 2:4]),
+        lambda m: (m[::2], m[8:]),
+    ],
+    ids=["overlap", "inside", "reshaped", "columns of the whole", "columns", "every other"],
 )
 @pytest.mark.parametrize("flatten", [False, True])
 def test_parameters_that_share_memory_are_refused(backend, views, flatten):
@@ -147,10 +154,37 @@ def test_parameters_that_share_memory_are_refused(backend, views, flatten):
     assert torch.equal(memory, torch.arange(10.0))
 
 
-def test_parameter_whose_elements_share_memory_is_refused(backend):
-    p = nn.Parameter(torch.ones(1).expand(4))
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda m: (m.view(3, 6)[:, :2], m.view(3, 6)[:, 2:5], m.view(3, 6)[:, 5:]),
+        lambda m: (m[::2], m[1::2]),
+        lambda m: (m.view(3, 6)[::2], m.view(3, 6)[1]),
+        lambda m: (m.view(3, 6)[:, 1], m[:0]),
+    ],
+    ids=["columns", "every other", "rows", "nothing"],
+)
+def test_parameters_that_lie_in_the_gaps_of_another(backend, views):
+    memory = torch.arange(18.0)
+    params = list(map(nn.Parameter, views(memory)))
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, i + 1.0)
+    before, grads = copies(params), [p.grad.clone() for p in params]
+    sam = FusedSAM(params, torch.optim.SGD, rho=0.3, backend=backend, lr=0.1)
+    sam.first_step()
+    for p, w, g in zip(params, before, grads, strict=True):
+        assert_perturbed(backend, p, perturbed(w, g, sam.grad_norm, 0.3, 1e-12, False))
+    sam.restore()
+    assert torch.equal(memory, torch.arange(18.0))
+
+
+@pytest.mark.parametrize(
+    "parameter", [lambda: torch.ones(1).expand(4), lambda: torch.ones(3).as_strided((2, 2), (1, 1))]
+)
+def test_parameter_whose_elements_share_memory_is_refused(backend, parameter):
+    p = nn.Parameter(parameter())
     sam = FusedSAM([p], torch.optim.SGD, backend=backend, lr=0.1)
-    p.grad = torch.ones(4)
+    p.grad = torch.ones(p.shape)
     with pytest.raises(ValueError, match="elements of parameter 0 of param group 0 share memory"):
         sam.first_step()
     assert not sam.perturbed
