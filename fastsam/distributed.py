@@ -159,20 +159,20 @@ class Shardings:
         """Sums over the shards, then over the ways, then over the process group.
 
         Args:
-            sums: a sum over this rank's shards for each way, 0-d, all of one device and dtype.
+            sums: for each way this rank's part of each of the sums, ``[n_sums]``, all of one device and dtype.
 
         Returns:
-            The sum over everything, 0-d; the same bits on all ranks.
+            The sums over everything, ``[n_sums]``; the same bits on all ranks.
         """
         sums = list(sums)
         for name, (group, device_type) in self._groups.items():
             members = [i for ways, i in self._ways.items() if name in ways]
             # Shards that are offloaded to the CPU are summed by the mesh's own backend, on its device.
-            vector = torch.stack([sums[i] for i in members]).to(device_type)
-            torch.distributed.all_reduce(vector, group=group)
-            for i, total in zip(members, vector.to(sums[0].device), strict=True):
+            over_shards = torch.stack([sums[i] for i in members]).to(device_type)
+            torch.distributed.all_reduce(over_shards, group=group)
+            for i, total in zip(members, over_shards.to(sums[0].device), strict=True):
                 sums[i] = total
-        total = torch.stack(sums).sum()
+        total = torch.stack(sums).sum(0)
         if self._process_group is not None:
             across = total.to(self.device)
             torch.distributed.all_reduce(across, group=self._process_group)

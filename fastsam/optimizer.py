@@ -85,7 +85,7 @@ class FusedSAM(OptimizerWrapper):
             w + e_w: `step(closure)` runs the closure once, and `first_step` comes before the only backward. Parameters
             without momentum yet are not perturbed; the first step, where none has one, is plain.
         process_group: a `torch.distributed.ProcessGroup` whose ranks hold different plain parameters, such as the
-            stages of a pipeline: the norm is then over all of them, by one all-reduce of one number a step, in which
+            stages of a pipeline: the norm is then over all of them, by one all-reduce of two numbers a step, in which
             every rank takes part, with gradients or without. Not for replicas (DistributedDataParallel). DTensors
             (FSDP2) do not need it: they say how they are sharded.
         **base_optimizer_kwargs: options of the base optimizer (first form).

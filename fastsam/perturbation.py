@@ -108,9 +108,9 @@ class Perturbation:
         if finish:
             return True
         if collective or len(self._scalars) > 1:
-            total = self._sum_over_ranks()
+            ranks = self._sum_over_ranks(not no_gradient)
             # The other ranks wait for this one in the sum, so it takes part first.
-            if no_gradient and total == 0:
+            if no_gradient and ranks == 0:
                 return False
         self._combine()
         return True
@@ -293,18 +293,26 @@ class Perturbation:
             scalars.set_groups(signed, epsilon, adaptive, graphs)
         self._options = None if on_device else options
 
-    def _sum_over_ranks(self) -> Tensor:
-        """Replaces the sums of squares by their total over all devices and ranks, which it returns."""
+    def _sum_over_ranks(self, any_gradient: bool) -> Tensor:
+        """Replaces the sums of squares by their total over all devices and ranks.
+
+        Args:
+            any_gradient: whether this rank has one. Gradients of zeros are gradients, so the sum does not tell.
+
+        Returns:
+            0 where no rank has one, 0-d.
+        """
         all_scalars = list(self._scalars.values())
         first = all_scalars[0].square_sums
-        sums = [first.new_zeros(()) for _ in range(len(self._shardings))]
+        sums = first.new_zeros(len(self._shardings), 2)
+        sums[:, 1] = any_gradient
         for (_, bucket), i in zip(self.buckets, self._sharding_of, strict=True):
-            sums[i] += self._scalars[bucket.device].square_sums[bucket.index].to(first.device)
-        total = self._shardings.reduce(sums)
+            sums[i, 0] += self._scalars[bucket.device].square_sums[bucket.index].to(first.device)
+        total, ranks = self._shardings.reduce(list(sums)).unbind()
         for scalars in all_scalars:
             scalars.square_sums.zero_()
             scalars.square_sums[0].copy_(total)
-        return total
+        return ranks
 
     def _combine(self) -> None:
         """norm and scale from the sums of squares, once a device."""

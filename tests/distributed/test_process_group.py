@@ -222,6 +222,24 @@ def test_rank_without_gradients(when):
     on_ranks(2, check_rank_without_gradients, when)
 
 
+def check_gradients_of_zeros() -> None:
+    """They are gradients: what one rank has is no error on the other, which has none, and their norm is 0."""
+    w = nn.Parameter(torch.ones(4))
+    sam = FusedSAM([w], torch.optim.SGD, lr=0.1, process_group=dist.group.WORLD)
+    for step in range(4):
+        w.grad = torch.zeros(4) if step % 2 == dist.get_rank() else None
+        with CommDebugMode() as communication:
+            assert sam.first_step()
+        assert communication.get_total_counts() == 1
+        assert torch.equal(w.detach(), torch.ones(4))
+        assert float(sam.grad_norm) == 0
+        sam.restore()
+
+
+def test_gradients_of_zeros_on_one_rank():
+    on_ranks(2, check_gradients_of_zeros)
+
+
 def check_one_stage_alone() -> None:
     """Only the second stage is perturbed, as where SAM is for the output head."""
     stage = Stage()
