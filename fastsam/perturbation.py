@@ -14,6 +14,7 @@ from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import ProcessGroup, Shardings, is_dtensor, local, local_grad
+from fastsam.notices import tell_once
 from fastsam.options import Group, check_dtype, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
@@ -118,18 +119,22 @@ class Perturbation:
     def rehearse(self, groups: list[Group], process_group: ProcessGroup | None = None) -> None:
         """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
 
-        So `start` does not fail after 70 % of a run.
+        So `start` does not fail after 70 % of a run. That all groups are left out may be meant until then, and is told.
 
         Args:
             groups: as in `measure`.
             process_group: as in `measure`; no other rank takes part.
 
         Raises:
-            RuntimeError: there is no memory for the backup; or all groups are left out, on this rank and any other.
+            RuntimeError: there is no memory for the backup.
             TypeError, ValueError: as `measure`.
         """
-        if process_group is None:
-            check_any_perturbed(groups)
+        if process_group is None and not _any_perturbed(groups):
+            tell_once(
+                "nothing to perturb",
+                "perturb=False in all param groups leaves nothing to perturb yet, and a SAM step refuses that: set "
+                "perturb=True in those that SAM is for before the first one",
+            )
         params = [p for group in groups for p in _perturbed(group)]
         if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
             return
@@ -336,6 +341,11 @@ def _perturbed(group: Group) -> list[Tensor]:
     return params if group["perturb"] else []
 
 
+def _any_perturbed(groups: list[Group]) -> bool:
+    """Whether there is a group that is perturbed, or no group."""
+    return not groups or any(group["perturb"] for group in groups)
+
+
 def _order(entry: tuple[Tensor, int, str]) -> tuple[bool, int, int]:
     """Vectors first, small ones before large: the many small ones lie side by side in the backup, for one copy."""
     p, group, _ = entry
@@ -344,7 +354,7 @@ def _order(entry: tuple[Tensor, int, str]) -> tuple[bool, int, int]:
 
 def check_any_perturbed(groups: list[Group]) -> None:
     """Raises a RuntimeError where there are groups and all are left out."""
-    if groups and not any(group["perturb"] for group in groups):
+    if not _any_perturbed(groups):
         raise RuntimeError(
             "perturb=False in all param groups leaves nothing to perturb: set perturb=True in those that SAM is for"
         )

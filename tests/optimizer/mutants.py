@@ -62,16 +62,16 @@ MUTANTS = (
     Mutant(
         "no group to perturb is no error",
         PERTURBATION,
-        'if groups and not any(group["perturb"]',
-        'if False and not any(group["perturb"]',
+        "    if not _any_perturbed(groups):\n        raise",
+        "    if False:\n        raise",
         "test_perturb.py::test_no_group_to_perturb_is_an_error",
     ),
     Mutant(
-        "no group to perturb is met late",
+        "no group to perturb is told late",
         PERTURBATION,
-        "        if process_group is None:\n            check_any_perturbed(groups)\n",
-        "",
-        "test_perturb.py::test_no_group_to_perturb_is_an_error",
+        "        if process_group is None and not _any_perturbed(groups):",
+        "        if False:",
+        "test_perturb.py::test_no_group_to_perturb_until_start",
     ),
     Mutant(
         "the norm counts what is left out",
