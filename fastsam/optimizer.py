@@ -26,7 +26,7 @@ from fastsam.freshness import ClearingWatch, LeftGradients
 from fastsam.hooks import after_zero_grad, around_step
 from fastsam.notices import tell_once
 from fastsam.options import SETTINGS, UNPICKLED, check_one_pass
-from fastsam.perturbation import flatten_groups, gradient_norm, no_gradient_error
+from fastsam.perturbation import flatten_groups, no_gradient_error
 from fastsam.state import Phase, State
 from fastsam.torch_api import compiled, disable_dynamo, grad_mode, hooks, label, uncompiled
 from fastsam.wrapper import OptimizerWrapper
@@ -222,11 +222,12 @@ class FusedSAM(OptimizerWrapper):
     def _grad_norm(self) -> Tensor:
         """davda54/sam's method: the global norm of the gradients that are there now, 0-d, whatever step this is.
 
-        `grad_norm` costs nothing: it is the norm that the last ascent computed.
+        With the loss scale. `grad_norm` costs nothing: it is the norm that the last ascent computed, and what a CUDA
+        graph can hold.
         """
         self._complete_groups()
         misuse.check_process_group(self._lost)
-        return gradient_norm(self.param_groups, self.process_group)
+        return self._state.perturbation.gradient_norm(self.param_groups, self.process_group)
 
     @disable_dynamo
     @grad_mode(False)

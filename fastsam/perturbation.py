@@ -13,12 +13,12 @@ from fastsam import backends
 from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
-from fastsam.distributed import ProcessGroup, Shardings, is_dtensor, local, local_grad
+from fastsam.distributed import ProcessGroup, Shardings, is_dtensor
 from fastsam.notices import tell_once
 from fastsam.options import Group, check_dtype, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
-__all__ = ["Perturbation", "check_any_perturbed", "flatten_groups", "gradient_norm", "no_gradient_error"]
+__all__ = ["Perturbation", "check_any_perturbed", "flatten_groups", "no_gradient_error"]
 
 
 class Perturbation:
@@ -44,6 +44,7 @@ class Perturbation:
         self.loss_scale: Tensor | None = None
         self._backend = backend
         self._scalars: dict[torch.device, Scalars] = {}
+        self._measured: dict[torch.device, Scalars] = {}  # those of the last ascent, which a new layout does not have
         self._combiners: dict[torch.device, backends.Backend] = {}
         self._shardings = Shardings([])
         self._sharding_of: list[int] = []
@@ -63,7 +64,7 @@ class Perturbation:
 
         Without the loss scale, where that is known.
         """
-        for scalars in self._scalars.values():
+        for scalars in self._measured.values():
             if self.loss_scale is None:
                 return scalars.norm.clone()
             return scalars.norm / self.loss_scale.to(scalars.norm.device, non_blocking=True)
@@ -106,15 +107,33 @@ class Perturbation:
         finish = len(self.buckets) == 1 and not collective
         for backend, bucket in self.buckets:
             backend.norm(bucket, self._scalars[bucket.device], finish)
-        if finish:
-            return True
         if collective or len(self._scalars) > 1:
             ranks = self._sum_over_ranks(not no_gradient)
             # The other ranks wait for this one in the sum, so it takes part first.
             if no_gradient and ranks == 0:
                 return False
-        self._combine()
+        if not finish:
+            self._combine()
+        self._measured = self._scalars
         return True
+
+    def gradient_norm(self, groups: list[Group], process_group: ProcessGroup | None = None) -> Tensor:
+        """The norm that `measure` would find along the gradient, with the loss scale; changes nothing, `norm` neither.
+
+        Args:
+            groups: as in `measure`.
+            process_group: as in `measure`.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, on any of the ranks; or as `measure`.
+            TypeError, ValueError: as `measure`.
+        """
+        trial = Perturbation(self._backend)
+        trial._warned = True  # of what perturb does
+        trial.measure(groups, process_group)
+        if (norm := trial.norm) is None:
+            raise no_gradient_error(groups)
+        return norm
 
     def rehearse(self, groups: list[Group], process_group: ProcessGroup | None = None) -> None:
         """Meets what `measure` and `perturb` would refuse, of the gradients that are there; changes nothing.
@@ -367,34 +386,6 @@ def no_gradient_error(groups: list[Group]) -> RuntimeError:
         f"no parameter{where} has a gradient: call loss.backward() before first_step(), or pass step() a closure that "
         "computes the loss and calls backward(); under FSDP2, both passes need set_requires_gradient_sync(True)"
     )
-
-
-def gradient_norm(groups: list[Group], process_group: ProcessGroup | None = None) -> Tensor:
-    """The global norm of the gradients that are there, adaptive or not by group, 0-d; writes to nothing.
-
-    Args:
-        groups: the param groups; those that are not perturbed are left out.
-        process_group: whose ranks hold other parameters.
-
-    Raises:
-        RuntimeError: no parameter has a gradient, or all groups are left out.
-    """
-    shardings = Shardings((p for group in groups for p in group["params"]), process_group)
-    sums: list[Tensor] = []
-    for i, group in enumerate(groups):
-        for j, p in enumerate(_perturbed(group)):
-            name = parameter_name(group, i, j)
-            if (g := local_grad(p, p.grad, name)) is None:
-                continue
-            term = local(p).abs() * g if group["adaptive"] else g
-            square = torch.linalg.vector_norm(term, dtype=torch.promote_types(term.dtype, torch.float32)).double() ** 2
-            sums = sums or [square.new_zeros(()) for _ in range(len(shardings))]
-            sums[shardings.index(p, name)] += square.to(sums[0].device)
-    if not sums and not shardings.collective:
-        check_any_perturbed(groups)
-        raise no_gradient_error(groups)
-    sums = sums or [torch.zeros((), dtype=torch.float64, device=shardings.device) for _ in range(len(shardings))]
-    return shardings.reduce(sums).sqrt().float()
 
 
 def flatten_groups(groups: list[Group], first: int = 0) -> None:

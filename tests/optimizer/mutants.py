@@ -74,11 +74,25 @@ MUTANTS = (
         "test_perturb.py::test_no_group_to_perturb_until_start",
     ),
     Mutant(
-        "the norm counts what is left out",
+        "_grad_norm climbs along",
         PERTURBATION,
-        "for j, p in enumerate(_perturbed(group)):\n            name = parameter_name(group, i, j)\n            if (g :=",
-        'for j, p in enumerate(group["params"]):\n            name = parameter_name(group, i, j)\n            if (g :=',
-        "test_perturb.py::test_an_ascent_over_the_chosen_part",
+        "        trial = Perturbation(self._backend)\n",
+        "        trial = Perturbation(self._backend, self.direction)\n",
+        "test_momentum.py::test_the_norm_of_the_original_is_the_gradients",
+    ),
+    Mutant(
+        "_grad_norm takes the warning",
+        PERTURBATION,
+        "trial._warned = True",
+        "trial._warned = False",
+        "test_api.py::test_grad_norm_of_the_original_is_the_ascents",
+    ),
+    Mutant(
+        "the norm of a step that was refused",
+        PERTURBATION,
+        "for scalars in self._measured.values()",
+        "for scalars in self._scalars.values()",
+        "test_optimizer.py::test_grad_norm_after_a_step_that_was_refused",
     ),
     Mutant(
         "a toggled group is not seen",
@@ -1171,13 +1185,6 @@ MUTANTS = (
         "            self._warned = True\n            warnings",
         "            warnings",
         "test_optimizer.py::test_16_bit_parameters_warn_once",
-    ),
-    Mutant(
-        "_grad_norm is not adaptive",
-        PERTURBATION,
-        'term = local(p).abs() * g if group["adaptive"] else g',
-        "term = g",
-        "test_api.py::test_grad_norm_of_the_original",
     ),
     Mutant(
         "an option given is what was left over",

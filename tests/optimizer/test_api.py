@@ -3,6 +3,8 @@
 import copy
 import functools
 import inspect
+import warnings
+from contextlib import nullcontext
 
 import jsonargparse
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 
 import fastsam
 from fastsam import SAM, FusedSAM
-from tests.oracle import copies, same_bits
+from tests.oracle import NORM_TOLERANCE, copies, norm64, same_bits
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
 
@@ -279,6 +281,45 @@ def test_grad_norm_of_the_original(backend, adaptive):
     torch.testing.assert_close(sam._grad_norm(), by_hand())
     sam.second_step()
     torch.testing.assert_close(sam._grad_norm(), by_hand())
+
+
+NORMS = [
+    (torch.float32, 1.0, 1e-3, False),
+    (torch.float16, 1e-3, 1e-5, True),
+    (torch.float16, 100.0, 1e3, True),
+    (torch.bfloat16, 1.0, 1e-2, False),
+    (torch.float64, 1.0, 1e-60, False),
+    (torch.float64, 1.0, 1e60, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "w", "g", "adaptive"), NORMS, ids=str)
+def test_grad_norm_of_the_original_is_the_ascents(backend, dtype, w, g, adaptive):
+    """Its bits; and not a word of 16-bit parameters, before they are perturbed."""
+    params = [nn.Parameter(torch.full((n,), w, dtype=dtype)) for n in (5, 2)]
+    sam = FusedSAM(params, torch.optim.SGD, adaptive=adaptive, backend=backend, lr=0.1)
+    for p in params:
+        p.grad = torch.full_like(p, g)
+    assert sam.grad_norm is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm = sam._grad_norm()
+    assert sam.grad_norm is None
+    expected = norm64(params, [p.grad for p in params], [adaptive] * 2)
+    assert float(norm) == pytest.approx(expected, rel=NORM_TOLERANCE)
+    short = dtype.itemsize == 2
+    with pytest.warns(UserWarning, match="16 bits") if short else nullcontext():
+        sam.first_step()
+    assert same_bits([norm], [sam.grad_norm])
+    sam.restore()
+
+
+def test_grad_norm_of_the_original_refuses_what_an_ascent_does():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    sam = FusedSAM(embedding.parameters(), torch.optim.SGD, lr=0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="is sparse"):
+        sam._grad_norm()
 
 
 class Modal(torch.optim.SGD):

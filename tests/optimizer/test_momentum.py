@@ -107,6 +107,13 @@ def test_the_norm_is_the_momentums(backend):
     assert same_bits(copies(model.parameters()), w)
 
 
+def test_the_norm_of_the_original_is_the_gradients():
+    model, sam = make()
+    two_calls(model, sam, 0)
+    loss_of(model, 1).backward()
+    torch.testing.assert_close(sam._grad_norm(), torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_restore_to_the_bit(backend, dtype):
     torch.manual_seed(0)

@@ -112,6 +112,20 @@ def test_grad_norm_is_the_last_ascents():
     assert not torch.equal(sam.grad_norm, norm)
 
 
+def test_grad_norm_after_a_step_that_was_refused():
+    """It stays, also where there are other buckets by then."""
+    model, sam = make()
+    backward(model)
+    sam.first_step(zero_grad=True)
+    backward(model)
+    sam.second_step(zero_grad=True)
+    norm = sam.grad_norm
+    sam.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        sam.first_step()
+    assert torch.equal(sam.grad_norm, norm)
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
