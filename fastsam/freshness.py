@@ -29,7 +29,11 @@ class StaleGradients:
         name = self._name
         for p in params:
             if (g := p.grad) is not None:
-                setattr(g, name, g._version if type(g) is Tensor else _version(g))
+                try:
+                    version = g._version if type(g) is Tensor else _version(g)
+                except RuntimeError:  # one of torch.inference_mode
+                    version = _version(g)
+                setattr(g, name, version)
 
     def any_fresh(self, params: Iterable[Tensor]) -> bool:
         """Whether any parameter has a gradient that was not marked, or was written to since."""
@@ -37,8 +41,14 @@ class StaleGradients:
 
 
 def _version(g: Tensor) -> int:
-    """Of a DTensor also its shard's: FSDP2 accumulates into the shard, torch's own ops into the DTensor."""
-    return g._version + local(g)._version if is_dtensor(g) else g._version
+    """Of a DTensor also its shard's: FSDP2 accumulates into the shard, torch's own ops into the DTensor.
+
+    One that was made under torch.inference_mode has none: once marked it is done with until there is another gradient.
+    """
+    try:
+        return g._version + local(g)._version if is_dtensor(g) else g._version
+    except RuntimeError:
+        return 0
 
 
 class LeftGradients:

@@ -429,3 +429,32 @@ def test_a_step_marks_once(set_to_none, monkeypatch):
         assert len(marks) == (not zero_grad)
     sam.zero_grad(set_to_none=set_to_none)
     assert sam.step(task.closure(0, "optimizer")) is not None
+
+
+@pytest.mark.parametrize("closure_passes", ["auto", "one", "two"])
+def test_gradients_of_inference_mode(backend, closure_passes):
+    """They have no version, as zeroth-order methods make them; each is new once."""
+    w = nn.Parameter(torch.ones(2))
+    sam = FusedSAM([w], torch.optim.SGD, rho=RHO, lr=LR, backend=backend, closure_passes=closure_passes)
+    passes = []
+
+    def closure():
+        passes.append(sam.perturbed)
+        with torch.inference_mode():
+            g = w.detach() * 2
+        w.grad = g
+        return 1.0
+
+    above = 1 + RHO / 2**0.5
+    if closure_passes == "one":
+        closure()
+        passes.clear()
+    sam.step(closure)
+    assert passes == ([True] if closure_passes == "one" else [False, True])
+    torch.testing.assert_close(w.detach(), torch.full((2,), 1 - LR * 2 * above))
+    assert not sam._state.stale.any_fresh([w])
+    closure()
+    assert sam._state.stale.any_fresh([w])
+    assert sam.first_step()
+    closure()
+    sam.second_step()
