@@ -14,7 +14,10 @@ __all__ = ["DIRECTIONS", "GRADIENT", "Direction", "check_base", "keeps_other_sta
 KEYS = ("momentum_buffer", "exp_avg")
 """What torch's optimizers call the momentum in a parameter's state."""
 
-PRECONDITIONED = {"RMSprop", "RMSpropTF", "LaProp", "Adopt", "AdoptBC", "ADOPT", "Lars", "LARS"}
+PRECONDITIONED = {
+    *("RMSprop", "RMSpropTF", "LaProp", "Adopt", "AdoptBC", "ADOPT", "Lars", "LARS", "Mars", "MARS", "NvNovoGrad"),
+    *("AdaFactor", "AdafactorBigVision", "AdaGC", "Amos", "CAME", "Shampoo", "SM3", "StableSPAM"),
+}
 """Optimizers, torch's and other packages', whose momentum is of preconditioned or rescaled gradients."""
 
 
@@ -31,6 +34,8 @@ class Direction(NamedTuple):
     """Whether a step first computes a gradient at w, to climb along; else its only gradient is that at w + e_w."""
     rho: float
     """The radius of a call that gives none."""
+    alive: Callable[[dict[str, Any]], bool] = lambda group: True
+    """By param group: whether what `of` returns is still kept up to date; else the group is not perturbed."""
 
 
 GRADIENT = Direction(
@@ -56,7 +61,15 @@ def momentum_of(base: Optimizer) -> Direction:
         v: Tensor | None = state.get("exp_avg")
         return state.get("momentum_buffer") if v is None else v
 
-    return Direction(of, "momentum", lambda group: -1.0, two_passes=False, rho=1.0)
+    # SGD leaves its buffers as they are from where a schedule sets momentum=0.
+    return Direction(
+        of,
+        "momentum",
+        lambda group: -1.0,
+        two_passes=False,
+        rho=1.0,
+        alive=lambda group: group.get("momentum") != 0 or "betas" in group,
+    )
 
 
 DIRECTIONS: dict[str, Callable[[Optimizer], Direction]] = {"gradient": lambda base: GRADIENT, "momentum": momentum_of}

@@ -55,10 +55,12 @@ def in_memory(g: Tensor, name: str) -> Tensor:
         name: what it is called in an error message.
 
     Raises:
-        TypeError: its class does not tell its values.
+        TypeError: its class does not tell its values, or is no tensor's.
     """
     if type(g) is Tensor:
         return g
+    if not isinstance(g, Tensor):  # AggMo's momentum is a dict
+        raise TypeError(f"the {name} is a {type(g).__name__}: FusedSAM can only climb along a tensor")
     if callable(wait := getattr(g, "wait", None)):  # AsyncCollectiveTensor
         g = wait()
     if g.layout is not torch.strided or g.numel() == 0 or g.data_ptr() != 0:

@@ -93,7 +93,7 @@ class Perturbation:
         ):
             self._process_group = process_group
             self._lay_out(groups)
-            self._params = [list(_perturbed(group)) for group in groups]
+            self._params = [list(self._perturbed(group)) for group in groups]
         for bucket in self._on_cuda:
             self._follow(bucket)
         for _, bucket in self.buckets:
@@ -154,7 +154,7 @@ class Perturbation:
                 "perturb=False in all param groups leaves nothing to perturb yet, and a SAM step refuses that: set "
                 "perturb=True in those that SAM is for before the first one",
             )
-        params = [p for group in groups for p in _perturbed(group)]
+        params = [p for group in groups for p in self._perturbed(group)]
         if all(g is None for g in map(self.direction.of, params)) or any(map(capturing, {p.device for p in params})):
             return
         trial = Perturbation(self._backend, self.direction)
@@ -248,9 +248,14 @@ class Perturbation:
             bucket.release()
         return True
 
+    def _perturbed(self, group: Group) -> list[Tensor]:
+        """The parameters of a group, if it is one that is perturbed."""
+        params: list[Tensor] = group["params"]
+        return params if group["perturb"] and self.direction.alive(group) else []
+
     def _same_parameters(self, groups: list[Group]) -> bool:
         """Whether the groups hold the parameters of the last layout."""
-        pairs = zip(self._params, map(_perturbed, groups), strict=False)
+        pairs = zip(self._params, map(self._perturbed, groups), strict=False)
         return len(groups) == len(self._params) and all(
             len(known) == len(params) and all(map(is_, known, params)) for known, params in pairs
         )
@@ -267,7 +272,7 @@ class Perturbation:
         shardings = Shardings((p for group in groups for p in group["params"]), self._process_group)
         slotless = []
         for i, group in enumerate(groups):
-            for j, p in enumerate(_perturbed(group)):
+            for j, p in enumerate(self._perturbed(group)):
                 if self.direction.of(p) is None and not (id(p) in slotted and p.requires_grad):
                     slotless.append(p)
                     continue
@@ -352,12 +357,6 @@ class Perturbation:
                 "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast.",
                 stacklevel=2,
             )
-
-
-def _perturbed(group: Group) -> list[Tensor]:
-    """The parameters of a group, if it is one that is perturbed."""
-    params: list[Tensor] = group["params"]
-    return params if group["perturb"] else []
 
 
 def _any_perturbed(groups: list[Group]) -> bool:

@@ -48,9 +48,16 @@ MUTANTS = (
     Mutant(
         "perturb is not looked at",
         PERTURBATION,
-        'return params if group["perturb"] else []',
-        "return params",
+        'return params if group["perturb"] and self.direction.alive(group) else []',
+        "return params if self.direction.alive(group) else []",
         "test_perturb.py::test_an_ascent_over_the_chosen_part",
+    ),
+    Mutant(
+        "a dead momentum is climbed along",
+        PERTURBATION,
+        " and self.direction.alive(group) else []",
+        " else []",
+        "test_momentum.py::test_a_schedule_that_ends_the_momentum_ends_the_ascent",
     ),
     Mutant(
         "perturb is not checked later",
@@ -97,7 +104,7 @@ MUTANTS = (
     Mutant(
         "a toggled group is not seen",
         PERTURBATION,
-        "self._params = [list(_perturbed(group)) for group in groups]",
+        "self._params = [list(self._perturbed(group)) for group in groups]",
         'self._params = [list(group["params"]) for group in groups]',
         "test_perturb.py::test_nothing_is_laid_out_anew_at_each_step",
     ),
@@ -1147,8 +1154,8 @@ MUTANTS = (
     Mutant(
         "climbs along the momentum",
         DIRECTION,
-        "lambda group: -1.0, two_passes=False",
-        "lambda group: 1.0, two_passes=False",
+        '"momentum",\n        lambda group: -1.0,',
+        '"momentum",\n        lambda group: 1.0,',
         "test_momentum.py::test_against_the_method_by_hand",
     ),
     Mutant(

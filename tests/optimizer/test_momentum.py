@@ -8,6 +8,7 @@ import warnings
 import weakref
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -625,6 +626,49 @@ def test_a_preconditioned_momentum_is_refused_by_name(name, inherited):
     cls = type("Mine", (cls,), {}) if inherited else cls
     with pytest.raises(ValueError, match=f"can't use {cls.__name__}'s momentum, which is preconditioned"):
         FusedSAM([nn.Parameter(torch.ones(2))], cls, lr=0.1, momentum=0.9, direction="momentum")
+
+
+@pytest.mark.parametrize(
+    "name", ["ADOPT", "AdaFactor", "AdaGC", "Amos", "CAME", "LARS", "LaProp", "MARS", "SM3", "Shampoo", "StableSPAM"]
+)
+def test_a_preconditioned_momentum_of_pytorch_optimizer_is_refused(name):
+    p = nn.Parameter(torch.ones(2))
+    base = getattr(pytorch_optimizer, name)([p], lr=0.1, **({"momentum": 0.9} if name in ("SM3", "Shampoo") else {}))
+    with pytest.raises(ValueError, match=f"can't use {name}'s momentum, which is preconditioned"):
+        FusedSAM(base, direction="momentum")
+
+
+def test_a_momentum_that_is_no_tensor_is_an_error():
+    p = nn.Parameter(torch.ones(2))
+    sam = FusedSAM([p], pytorch_optimizer.AggMo, lr=0.1, direction="momentum")
+    assert not sam.first_step()
+    p.sum().backward()
+    sam.second_step()
+    w = p.detach().clone()
+    with pytest.raises(TypeError, match="the momentum of parameter 0 of param group 0 is a dict"):
+        sam.first_step()
+    assert torch.equal(p, w)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_schedule_that_ends_the_momentum_ends_the_ascent(form):
+    """SGD keeps its buffers as they were; where the momentum comes back, so does the ascent."""
+    model, _ = make()
+    first, last = (list(model[i].parameters()) for i in (0, 2))
+    base = torch.optim.SGD([{"params": first}, {"params": last}], lr=LR, momentum=0.9)
+    sam = FusedSAM(base, RHO, direction="momentum")
+    assert [form(model, sam, i) for i in range(2)] == [False, True]
+
+    sam.param_groups[0]["momentum"] = 0.0
+    w, norm = copies(first), torch.cat([sam.state[p]["momentum_buffer"].flatten() for p in last]).norm()
+    assert sam.first_step()
+    assert same_bits(copies(first), w)
+    torch.testing.assert_close(sam.grad_norm, norm)
+    sam.restore()
+    sam.param_groups[1]["momentum"] = 0.0
+    assert form(model, sam, 2) is False
+    sam.param_groups[0]["momentum"] = 0.9
+    assert form(model, sam, 3) is True
 
 
 def test_the_momentum_has_a_radius_of_its_own():
