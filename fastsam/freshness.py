@@ -68,7 +68,7 @@ class LeftGradients:
         for ordered in (params, reversed(params)):
             for p in ordered:
                 if (g := p.grad) is not None and p.requires_grad and p.is_leaf:
-                    self._left.append((p, g, g._version if type(g) is Tensor else _version(g)))
+                    self._left.append((p, g, _version(g)))
                     break
         if self._left:
             # The last one's, which a backward mostly computes first: under DistributedDataParallel's
