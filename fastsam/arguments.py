@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastsam import backends
 from fastsam.direction import DIRECTIONS, check_base
-from fastsam.notices import tell_once
+from fastsam.notices import tell_once, warn
 from fastsam.options import (
     COUNTER,
     GROUP_DEFAULTS,
@@ -203,9 +202,7 @@ def _tell_left_over(groups: list[Group], complete: list[Group], options: Group) 
             elif whole[key] != options[key] and key not in GROUP_DEFAULTS:  # which no keyword of FusedSAM's gives
                 kept.append(f"{key}={_show(whole[key])} of param group {i} (a new group gets {_show(options[key])})")
     if replaced:
-        warnings.warn(
-            f"FusedSAM replaced what an earlier one left in the param groups: {', '.join(replaced)}", stacklevel=4
-        )
+        warn(f"FusedSAM replaced what an earlier one left in the param groups: {', '.join(replaced)}")
     if kept:
         tell_once(
             "left over",
@@ -223,4 +220,4 @@ def _warn_without_native() -> None:
     """An install without a compiler is silent, and its user would only find it slow."""
     reason = backends.missing("cpp")
     if reason is not None:
-        tell_once("native", f"FusedSAM runs without its native CPU backend, by torch's foreach: {reason}", stacklevel=4)
+        tell_once("native", f"FusedSAM runs without its native CPU backend, by torch's foreach: {reason}")

@@ -218,5 +218,5 @@ def check_no_momentum(base: Optimizer, params: list[Tensor], steps: int) -> None
         tell_once(
             "no momentum",
             f"direction='momentum' finds no momentum yet, after {steps} steps, so this one is plain. That is "
-            f"right where a GradScaler skipped them; else {name} does not keep its momentum in its state",
+            f"right where a GradScaler skipped them, or where momentum=0; else {name} keeps no momentum in its state",
         )

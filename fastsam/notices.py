@@ -23,17 +23,13 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def tell_once(what: str, text: str, stacklevel: int | None = None) -> None:
+def tell_once(what: str, text: str) -> None:
     """Warns, the first time that it is asked to.
 
     Args:
         what: which notice this is.
         text: the warning.
-        stacklevel: of the caller, as for `warnings.warn`; None names the user's line.
     """
     if what not in told:
         told.add(what)
-        if stacklevel is None:
-            warn(text)
-        else:
-            warnings.warn(text, stacklevel=stacklevel + 1)
+        warn(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from operator import is_
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastsam.bucket import ParameterBucket, flatten_
 from fastsam.device import capturing
 from fastsam.direction import GRADIENT, Direction
 from fastsam.distributed import ProcessGroup, Shardings, is_dtensor
-from fastsam.notices import tell_once
+from fastsam.notices import tell_once, warn
 from fastsam.options import Group, check_dtype, check_options, host_value, parameter_name
 from fastsam.scalars import Scalars
 
@@ -352,10 +351,9 @@ class Perturbation:
         short = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
         if short and not self._warned:  # once an optimizer: each has its own parameters
             self._warned = True
-            warnings.warn(
+            warn(
                 f"FusedSAM perturbs {short[0]} parameters: rounding w + e_w to 16 bits leaves most weights where they "
-                "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast.",
-                stacklevel=2,
+                "were, whoever computes it. Keep the parameters in float32 and run the model under torch.autocast."
             )
 
 

@@ -1189,8 +1189,8 @@ MUTANTS = (
     Mutant(
         "16 bits are said always",
         PERTURBATION,
-        "            self._warned = True\n            warnings",
-        "            warnings",
+        "            self._warned = True\n            warn(",
+        "            warn(",
         "test_optimizer.py::test_16_bit_parameters_warn_once",
     ),
     Mutant(

@@ -626,6 +626,23 @@ def test_a_warning_names_the_line_of_the_loop(backend, through):
     assert linecache.getline(__file__, caught[0].lineno).strip() == line
 
 
+@pytest.mark.parametrize("what", ["16 bits", "left over"])
+def test_a_notice_of_the_parameters_names_the_line_of_the_loop(backend, what):
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    sam = FusedSAM([p], torch.optim.SGD, lr=0.1, backend=backend)
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="16 bits" if what == "16 bits" else "an earlier one left") as caught:
+        if what == "16 bits":
+            sam.first_step()
+        else:
+            FusedSAM(sam.base_optimizer, rho=0.3)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert linecache.getline(__file__, caught[0].lineno).strip() in (
+        "sam.first_step()",
+        "FusedSAM(sam.base_optimizer, rho=0.3)",
+    )
+
+
 # -- a FusedSAM that nobody finishes -----------------------------------------------------------------------------------
 
 
