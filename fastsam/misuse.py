@@ -125,13 +125,17 @@ def tell_without_ascent(state: State, settings: Mapping[str, Any]) -> None:
 def check_second_pass(state: State, groups: list[dict[str, Any]]) -> None:
     """Looks at what a loop in two calls did between them."""
     left, perturbed = state.between, state.perturbed
+    only_pass = not state.direction.two_passes
     if left is not None and left.added_to and not perturbed:
         raise RuntimeError(
-            "a second gradient was added to that of a plain step, which first_step() had announced by returning "
-            "False: write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
-            "sam.is_sam_step before the second pass"
+            "a second gradient was added to that of a plain step, which first_step() had announced by returning False: "
+            + (
+                "direction='momentum' needs no gradient at w, so leave out the backward before first_step()"
+                if only_pass
+                else "write `if sam.first_step(zero_grad=True): loss_fn(model(x), y).backward()`, or ask "
+                "sam.is_sam_step before the second pass"
+            )
         )
-    only_pass = not state.direction.two_passes
     if (perturbed or only_pass) and all(p.grad is None for group in groups for p in group["params"]):
         tell_once(
             "no second gradient",

@@ -240,8 +240,7 @@ class FusedSAM(OptimizerWrapper):
         Returns:
             True; or False on a plain step, as `start` and `interval` say. Then nothing happened, the gradients are
             kept, and `second_step` is the base optimizer's step. Compute no second gradient then; it would add to the
-            first. With direction="momentum" the step's only gradient comes after this call, whatever it returns, and
-            zero_grad clears the gradients on a plain step too.
+            first. With direction="momentum" the step's only gradient comes after this call, whatever it returns.
 
         Raises:
             RuntimeError: already perturbed, or no parameter has a gradient; or `grad_scaler` has unscaled it; or the
@@ -259,7 +258,7 @@ class FusedSAM(OptimizerWrapper):
             climbed = self.is_sam_step and self._perturb()
             if not (two_passes or state.examined):
                 misuse.tell_gradient_at_w(state, self._parameters, self._steps, climbed)
-            if zero_grad and (climbed or not two_passes):
+            if climbed and zero_grad:
                 self.zero_grad()
         except BaseException:
             self._restore()
@@ -267,7 +266,7 @@ class FusedSAM(OptimizerWrapper):
         if not climbed:
             self._rehearse()
         if not climbed or (two_passes and not zero_grad):
-            state.between = LeftGradients(self._parameters() if two_passes else [])
+            state.between = LeftGradients(self._parameters())
         return climbed
 
     @disable_dynamo
@@ -462,7 +461,7 @@ class FusedSAM(OptimizerWrapper):
         climbed = state.perturbed
         if not climbed:
             climbed = self.is_sam_step and self._perturb()
-            if climbed or state.between is None:  # else first_step looked, and was told whether to clear
+            if climbed or state.between is None or state.between.there:  # else they came after first_step
                 if not state.examined:
                     misuse.tell_gradient_at_w(state, self._parameters, self._steps, climbed)
                 self.zero_grad()  # those at w, of a loop that was written for SAM

@@ -229,9 +229,9 @@ class PlainSAM:
                 self.leave()
             return True
         self.directions()  # what an ascent would refuse is better met now
-        self.announced = versions(self.base.params()) if self.direction == "gradient" else {}
-        if zero_grad and self.direction == "momentum":
-            self.zero_grad()
+        self.announced = versions(self.base.params())
+        if self.direction == "momentum":
+            self.leave()
         return False
 
     def leave(self) -> None:
@@ -281,7 +281,8 @@ class PlainSAM:
             if self.announced and any(p.grad is not g or g._version != v for p, (g, v) in self.announced.items()):
                 self.company.may_refuse()  # a second gradient was added to that of a plain step, or seems to be
         elif self.direction == "momentum":
-            if self.saved is None and ((self.is_sam_step and self.climb()) or self.announced is None):
+            left = self.announced is None or any(p.grad is g for p, g, _ in self.left)
+            if self.saved is None and ((self.is_sam_step and self.climb()) or left):
                 self.zero_grad()
             climbed = self.saved is not None
             loss = self.call(closure)

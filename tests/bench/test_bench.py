@@ -342,7 +342,7 @@ def test_python_calls_of_a_step(monkeypatch: Any) -> None:
     few, few_in_c = python_calls(4)
     many, many_in_c = python_calls(40)
     assert few == many
-    assert sum(few.values()) == 77
+    assert sum(few.values()) == 78
     assert many_in_c - few_in_c == {"setattr": 36}
 
 

@@ -418,22 +418,39 @@ def test_a_gradient_at_w_is_told(monkeypatch, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [{}, {"start": 2}, {"interval": 2}], ids=str)
 def test_a_loop_of_davda54_climbs_along_the_momentum(monkeypatch, backend, form, options):
-    """Its gradient at w is told of at the first step, plain or not, and is part of none."""
+    """Its gradient at w is told of at the first step, plain or not. It is that of a plain step, or part of none."""
     monkeypatch.setattr(notices, "told", set())
     model, sam = make(backend, **options)
     hand = ByHand(**options)
     for k in range(STEPS):
-        loss_of(model, k + 50).backward()
+        # The first step has no momentum to go by.
+        is_sam = k >= max(1, options.get("start", 0)) and (k + 1) % options.get("interval", 1) == 0
+        loss_of(model, k + 50 if is_sam or form is closure else k).backward()
         with pytest.warns(UserWarning, match="needs no gradient at w") if k == 0 else warnings.catch_warnings():
             if form is two_calls:
-                sam.first_step(zero_grad=True)
-                loss_of(model, k).backward()
+                if sam.first_step(zero_grad=True):
+                    loss_of(model, k).backward()
                 sam.second_step(zero_grad=True)
             else:
                 sam.step(lambda k=k: loss_of(model, k).backward())
                 sam.zero_grad()
         hand.train(k)
         torch.testing.assert_close(copies(model.parameters()), copies(hand.params), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_gradient_that_is_added_to_the_one_at_w_of_a_plain_step_is_an_error(monkeypatch, zero_grad):
+    """As a loop of davda54's would, which computes a second one whatever first_step returns."""
+    monkeypatch.setattr(notices, "told", set())
+    model, sam = make()
+    w = copies(model.parameters())
+    loss_of(model, 0).backward()
+    with pytest.warns(UserWarning, match="needs no gradient at w"):
+        assert not sam.first_step(zero_grad=zero_grad)
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match="needs no gradient at w, so leave out the backward before first_step"):
+        sam.second_step(zero_grad=True)
+    assert same_bits(copies(model.parameters()), w)
 
 
 @pytest.mark.usefixtures("hears_nothing")
