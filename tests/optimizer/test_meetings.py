@@ -191,7 +191,7 @@ class World:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "grad and param do not obey")  # of torch, once in a process
-            warnings.filterwarnings("ignore", ".*(no momentum yet|found no gradient)")  # true, where all is frozen
+            warnings.filterwarnings("ignore", ".*(no momentum yet|found no gradient|nothing to perturb)")  # true
             notices.told.clear()
             sam.zero_grad()
             loss = None
