@@ -108,7 +108,7 @@ def one_thread() -> Generator[None, None, None]:
 @pytest.fixture
 def hears_nothing(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
     """For loops that are right, as users write them: what fastsam tells is an error, unless a test asks for it."""
-    monkeypatch.setattr(notices, "told", set())
+    monkeypatch.setattr(notices, "told", {"native"})  # not whether this machine has the library
     monkeypatch.setattr(notices, "_BETWEEN", frozenset())  # a warning then names fastsam's own line
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"fastsam\.")
