@@ -268,7 +268,8 @@ def test_the_algorithm_by_itself():
     run = Run(batches=1)
     state, sam = run.trainer.state, ours.SAM(0.3, 1e-9, 4)
     base = state.optimizers[0]
-    assert [event for event in Event if sam.match(event, state)] == [Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.BATCH_END]
+    matched = [event for event in Event if sam.match(event, state)]
+    assert matched == [Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.BATCH_END]
     sam.apply(Event.BEFORE_LOAD, state, None)
     (wrapped,) = state.optimizers
     scaler = state.scaler
