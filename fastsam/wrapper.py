@@ -212,6 +212,7 @@ class OptimizerWrapper(Optimizer):
         return values[0]
 
     def _set_option(self, name: str, value: Any) -> None:
+        self._complete_groups()  # a group that came past this class would count as the user's own options
         self.defaults[name] = value = OPTIONS[name](value, name)
         for group in self.param_groups:
             group[name] = value

@@ -1310,7 +1310,14 @@ MUTANTS = (
         WRAPPER,
         'default=self._settings["steps"])',
         "default=0)",
-        "test_corners.py::test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state",
+        "test_corners.py::test_groups_that_were_replaced_past_fused_sam_go_on_with_the_count",
+    ),
+    Mutant(
+        "an option is set in a group that came past as the user's own",
+        WRAPPER,
+        "        self._complete_groups()  # a group that came past this class would count as the user's own options\n",
+        "",
+        "test_corners.py::test_an_option_that_is_set_is_one_of_fused_sams_in_a_group_that_came_past_too",
     ),
     Mutant(
         "each group counts for itself",
@@ -1457,7 +1464,7 @@ MUTANTS = (
         WRAPPER,
         "            if COUNTER not in groups[0]:\n                self._complete_groups()\n",
         "",
-        "test_corners.py::test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state",
+        "test_corners.py::test_groups_that_were_replaced_past_fused_sam_go_on_with_the_count",
     ),
     Mutant(
         "a group that came past is saved as it is",

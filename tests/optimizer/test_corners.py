@@ -264,6 +264,26 @@ def test_groups_that_are_taken_out_and_added_again_keep_their_options_and_the_co
     assert sam.param_groups[0]["sam_step"] == 1  # also where it was resumed
 
 
+def test_groups_that_were_replaced_past_fused_sam_go_on_with_the_count():
+    model, sam = make(interval=2)
+    backward(model)
+    assert not sam.first_step()
+    sam.second_step(zero_grad=True)
+    sam.base_optimizer.param_groups = torch.optim.SGD(model.parameters(), lr=0.1).param_groups
+    assert sam.is_sam_step
+    assert sam.param_groups[0]["sam_step"] == 1
+
+
+def test_an_option_that_is_set_is_one_of_fused_sams_in_a_group_that_came_past_too():
+    """So what a new FusedSAM is given wins over it, as over those of the other groups."""
+    _, sam = make()
+    sam.base_optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    sam.rho = 0.2
+    with pytest.warns(UserWarning, match="replaced what an earlier one left"):
+        again = FusedSAM(sam.base_optimizer, rho=0.3)
+    assert again.rho == 0.3
+
+
 def test_what_the_coming_step_is_may_be_asked_after_the_base_optimizer_loaded_a_plain_state():
     model, sam = make(interval=2)
     plain = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
