@@ -115,8 +115,8 @@ struct Tuning {
   // Parts of a chunk that each pass walks side by side: a core that walks one stream of addresses may have too few cache
   // lines under way.
   int64_t norm, perturb, restore;
-  // Backups and parameters of buckets above this are written past the caches. In smaller ones the second read finds them
-  // there, of the backup by restore, of the weights by the base optimizer's step.
+  // Bytes of a bucket above which backup and restored parameters are written past the caches. Below, who reads them next
+  // finds them there: restore the backup, the base optimizer's step the parameters.
   int64_t stream_bytes;
 };
 
